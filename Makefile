@@ -1,5 +1,6 @@
 # make report: train the report's three models and write report/index.html       make test: all tests
-# make lab: the notebooks in JupyterLab      make docs, docs-serve: the site      make clean: remove what was made
+# make lab: the notebooks in JupyterLab      make docs, docs-serve: the site      make outputs: run and store the notebooks
+# make hooks: git hooks that keep notebooks clean      make clean: remove what was made
 # Everything runs in one environment, made on first use: .venv, or the one that VENV names.
 VENV ?= .venv
 PYTHON ?= python3
@@ -8,7 +9,7 @@ META := settings.ini setup.py pyproject.toml
 # Arguments for cifar_report, such as make report ARGS="--seeds 0 1 2"
 ARGS ?=
 
-.PHONY: report test lab hooks docs docs-check docs-serve clean
+.PHONY: report test lab hooks outputs docs docs-check docs-serve clean
 
 report: $(VENV)/.installed
 	$(BIN)/cifar_report $(ARGS)
@@ -21,6 +22,9 @@ lab: $(VENV)/.installed-dev
 
 hooks: $(VENV)/.installed-dev
 	$(BIN)/nbdev_install_hooks
+
+outputs: $(VENV)/.installed-dev
+	$(BIN)/python docs/execute.py
 
 docs: $(VENV)/.installed-doc
 	$(BIN)/python docs/build.py

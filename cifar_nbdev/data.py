@@ -96,7 +96,7 @@ def shapes10(
     x, y = _draw(n_train + n_test, seed)
     return ImageData(x[:n_train], y[:n_train], x[n_train:], y[n_train:], SHAPES, SHAPES_NAME)
 
-# %% ../nbs/00_data.ipynb #1abb96e0
+# %% ../nbs/00_data.ipynb #9b6a6096
 NAME, JPEG_NAME = 'CIFAR-10', 'CIFAR-10, JPEG re-encoding'
 
 class DataError(ValueError):
@@ -122,6 +122,7 @@ def _load_npz(path, name=None):
     if name and name.startswith(NAME) and name != JPEG_NAME:
         raise ValueError(f'name {name!r}: a file may be named {JPEG_NAME!r} or something that does not begin with {NAME!r}, '
                          'which is kept for the official archive')
+    path = Path(path).expanduser()
     try:
         with np.load(path, allow_pickle=False) as z:
             if not isinstance(z, np.lib.npyio.NpzFile): raise DataError(f'{path}: one array, wanted an .npz archive')
@@ -215,7 +216,7 @@ def download(
         except (OSError, ValueError, urllib.request.http.client.HTTPException) as e: said.append(f'  {url}: {e}')
     raise DownloadError('no source gave the file:\n' + '\n'.join(said))
 
-# %% ../nbs/00_data.ipynb #400e47d0
+# %% ../nbs/00_data.ipynb #5c983e44
 def _torchvision_cifar10():
     "torchvision's `CIFAR10`; an `ImportError` that says cause and fix where it does not import"
     try: from torchvision.datasets import CIFAR10
@@ -227,8 +228,9 @@ def _torchvision_cifar10():
 
 def _roots(root=None):
     "Folders that may hold the official archive; the first is where a download goes"
-    if root: return [Path(root)]
-    return [Path(os.environ.get('CIFAR_NBDEV_ROOT') or user_cache_path('cifar_nbdev', appauthor=False)), Path('data')]
+    if root: return [Path(root).expanduser()]
+    cache = os.environ.get('CIFAR_NBDEV_ROOT') or user_cache_path('cifar_nbdev', appauthor=False)
+    return [Path(cache).expanduser(), Path('data'), Path('../data')]                   # ../data: notebooks run in nbs/
 
 def _read_official(root):
     "CIFAR-10 from a folder in torchvision's layout; None where it holds neither the archive nor its files, whole"
@@ -260,7 +262,7 @@ def _official(root=None, fetch=True):
     except OSError as e: raise DownloadError(f'CIFAR-10 is not in {" or ".join(map(str, roots))}, and {e}\n{advice}') from None
     return _read_official(roots[0])
 
-# %% ../nbs/00_data.ipynb #a211abc2
+# %% ../nbs/00_data.ipynb #4c8ab800
 _NOT_CIFAR = """
 **********************************************************************
   This is NOT CIFAR-10: training on synthetic shapes instead.
@@ -277,7 +279,7 @@ def load_data(
     source = str(source)
     if source == 'shapes10': return shapes10()
     if source == 'cifar10': return _official(root, download)
-    if source.endswith('.npz') or Path(source).exists(): return _load_npz(source, name)
+    if source.endswith('.npz') or Path(source).expanduser().exists(): return _load_npz(source, name)
     if source != 'auto':
         raise ValueError(f"unknown source {source!r}: wanted 'auto', 'cifar10', 'shapes10' or the path of an .npz file")
     if env := os.environ.get('CIFAR_NBDEV_DATA'):

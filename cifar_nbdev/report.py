@@ -20,7 +20,7 @@ from . import __version__
 from .data import NAME, SHAPES_NAME, ImageData, load_data, whole_file
 from .train import SweepError, load_runs, sweep
 
-# %% ../nbs/03_report.ipynb #4d3b7674
+# %% ../nbs/03_report.ipynb #d0ccf9a0
 REPORT = {0.005: .5224, 0.01: .5197, 0.0001: .3857}     # the report's accuracy table: learning rate, test accuracy
 FIGURES = dict(zip(REPORT, 'abc'))                      # the letters of its figures
 _COLORS = {0.005: '#0072b2', 0.01: '#d55e00', 0.0001: '#007a5e', 0.001: '#aa4499'}  # told apart by the colour-blind
@@ -72,6 +72,7 @@ def curves(
             top.set_title(f'{letter}lr {lr:g}' + (f', {len(group)} seeds' if len(group) > 1 else ''), fontsize=11)
             bottom.set_xlabel('epoch')
             for ax in (top, bottom): ax.legend()
+        axs[0, 0].set_ylim(bottom=0); axs[1, 0].set_ylim(bottom=0)
         axs[0, 0].set_ylabel('loss (cross-entropy)'); axs[1, 0].set_ylabel('accuracy (%)')
         fig.suptitle(_label(name), fontsize=10, color='#b00020' if name == SHAPES_NAME else '#444')
         fig.align_ylabels(); fig.tight_layout()
@@ -124,7 +125,7 @@ def claims(
     row([a, b, c], '0.0001 is the worst', lambda: f"{mean(c, 'test_acc'):.1%}", lambda: mean(c, 'test_acc') < min(mean(a, 'test_acc'), mean(b, 'test_acc')))
     return pd.DataFrame(rows, columns=['the report says', 'measured', 'verdict'])
 
-# %% ../nbs/03_report.ipynb #77ea066b
+# %% ../nbs/03_report.ipynb #44daf300
 _CSS = """
 :root{color-scheme:light dark;--fg:#1d2329;--bg:#fff;--soft:#5b6670;--line:#d9dee3;--warn-bg:#fff1d6;--warn:#7a3b00}
 @media(prefers-color-scheme:dark){:root{--fg:#e4e8ec;--bg:#14181c;--soft:#a3adb7;--line:#3a434b;--warn-bg:#4a2d00;--warn:#ffd9a0}}
@@ -143,7 +144,8 @@ _GET_DATA = ('To get CIFAR-10, run cifar_report --data cifar10 where there is a 
 def _html(df, cls='', **kwargs):
     "A data frame as an HTML table without inline styles"
     kwargs = dict(border=0, na_rep='–', float_format='{:.2f}'.format) | kwargs
-    return f'<div class="scroll {cls}">{df.to_html(index=False, justify="right", **kwargs)}</div>'
+    with pd.option_context('display.max_colwidth', None):
+        return f'<div class="scroll {cls}">{df.to_html(index=False, justify="right", **kwargs)}</div>'
 
 def _svg(fig):
     "A figure as SVG text, the same bytes every time"
@@ -162,12 +164,12 @@ def _run_table(runs):
 def _page(runs, figures, took):
     "The whole report as one self-contained HTML page"
     name, env, data, config = _only(runs, 'data', 'name'), runs[0]['env'], runs[0]['data'], runs[0]['config']
-    title = 'Three learning rates on ' + _label(name)
+    title = 'The report on ' + _label(name)
     warn = '' if name.startswith(NAME) else f'<p class="warn"><strong>This is not CIFAR-10.</strong> These are results on {html.escape(name)}. {_GET_DATA}</p>'
     images = ''.join(f'<figure><img alt="Loss and accuracy over epochs with learning rate {lr:g}, {html.escape(_label(name))}" '
                      f'src="data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"><figcaption>{caption}</figcaption></figure>'
                      for lr, (caption, svg) in figures.items())
-    table = accuracy_table(runs).reset_index()
+    table = accuracy_table(runs).reset_index().rename_axis(columns=None)
     said = '; '.join(f"{html.escape(str(k))} {html.escape(str(v))}" for k, v in env.items())
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title><style>{_CSS}</style></head><body>
@@ -196,6 +198,21 @@ def markdown(
     rows = [' | '.join(v.rjust(w) for v, w in zip(row, widths)) for row in zip(*columns)]
     rows.insert(1, ' | '.join('-' * (w - 1) + ':' for w in widths))
     return ''.join(f'| {row} |\n' for row in rows)
+
+def _save_figures(runs, folder):
+    "Draw and save a figure for each learning rate, all to the same scale: learning rate -> caption and SVG"
+    figures, said = {lr: curves(group) for lr, group in by_lr(runs).items()}, {}
+    for i in (0, 1):
+        top = max(fig.axes[i].get_ylim()[1] for fig in figures.values())
+        for fig in figures.values(): fig.axes[i].set_ylim(0, top)
+    for lr, fig in figures.items():
+        letter, seeds, svg = FIGURES.get(lr), len(by_lr(runs)[lr]), _svg(fig)
+        stem = (f'{letter}-' if letter else '') + f'lr{lr:g}'
+        with whole_file(folder/f'{stem}.png') as tmp: fig.savefig(tmp, dpi=200)
+        with whole_file(folder/f'{stem}.svg') as tmp: tmp.write_text(svg, encoding='utf-8')
+        plt.close(fig)
+        said[lr] = (f'({letter}) ' if letter else '') + f'Learning rate {lr:g}' + (f', mean and range of {seeds} seeds' if seeds > 1 else ''), svg
+    return said
 
 def _writable(folder):
     "Make the output folder and try it, so that nothing is trained for a place that cannot be written to"
@@ -226,16 +243,7 @@ def reproduce(
     new = len({p.name for p in (out/'runs').glob('*.json')} - had)
     took = (f'{new} of {len(runs)} runs were trained in this call, which took {_time(time.perf_counter() - start)}; '
             f'all of them together took {_time(sum(r["wall_seconds"] for r in runs))} of computing.')
-    figures = {}
-    for lr, group in by_lr(runs).items():
-        fig, stem = curves(group), (f'{FIGURES[lr]}-' if lr in FIGURES else '') + f'lr{lr:g}'
-        with whole_file(out/'figures'/f'{stem}.png') as tmp: fig.savefig(tmp, dpi=200)
-        svg = _svg(fig)
-        with whole_file(out/'figures'/f'{stem}.svg') as tmp: tmp.write_text(svg, encoding='utf-8')
-        plt.close(fig)
-        caption = (f'({FIGURES[lr]}) ' if lr in FIGURES else '') + f'Learning rate {lr:g}' + (f', mean and range of {len(group)} seeds' if len(group) > 1 else '')
-        figures[lr] = caption, svg
-    table = accuracy_table(runs)
+    table, figures = accuracy_table(runs), _save_figures(runs, out/'figures')
     with whole_file(out/'table.csv') as tmp: table.to_csv(tmp)
     with whole_file(out/'table.md') as tmp: tmp.write_text(f'{table.columns.name}\n\n{markdown(table)}', encoding='utf-8')
     with whole_file(out/'index.html') as tmp: tmp.write_text(_page(runs, figures, took), encoding='utf-8')

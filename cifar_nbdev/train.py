@@ -7,8 +7,8 @@ __all__ = ['evaluate', 'pick_device', 'reference_arithmetic', 'keep_freed_memory
            'NonFiniteLossError', 'load_state', 'fit', 'weights_sha256', 'save_weights', 'load_weights', 'train_run',
            'run_name', 'save_run', 'load_run', 'load_runs', 'SweepError', 'sweep']
 
-# %% ../nbs/02_train.ipynb #77994b31
-import ctypes, hashlib, json, math, os, platform, sys, tempfile, time
+# %% ../nbs/02_train.ipynb #92ffaf18
+import ctypes, hashlib, json, math, os, platform, re, tempfile, time
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -25,11 +25,11 @@ from torch import nn
 from .data import DataLoaders, ImageData, dataloaders, progress_bar, whole_file
 from .model import ImageClassifier
 
-# %% ../nbs/02_train.ipynb #b3aa46d3
+# %% ../nbs/02_train.ipynb #f1ed6261
 def _average(losses, hits, sizes):
     "Means over images from values per batch; one transfer from the device for all of them"
     sizes = torch.tensor(sizes, dtype=torch.float64)
-    losses, hits = torch.stack(losses).double().cpu(), torch.stack(hits).double().cpu()
+    losses, hits = losses.cpu().double(), hits.cpu().double()
     return (losses @ sizes / sizes.sum()).item(), (hits.sum() / sizes.sum()).item()
 
 @torch.no_grad()
@@ -40,14 +40,15 @@ def evaluate(
 ) -> tuple[float, float]:  # Mean cross-entropy and accuracy (a fraction), over images
     "Loss and accuracy of a model"
     device = device or next(model.parameters()).device
-    training, losses, hits, sizes = model.training, [], [], []
+    if not len(dl): raise ValueError('evaluate: no batches, wanted at least one')
+    training, sizes, (losses, hits) = model.training, [], torch.zeros(2, len(dl), device=device)
     model.eval()
-    for xb, yb in dl:
+    for i, (xb, yb) in enumerate(dl):
         xb, yb = xb.to(device), yb.to(device)
         logits = model(xb)
-        losses.append(F.cross_entropy(logits, yb)); hits.append((logits.argmax(1) == yb).sum()); sizes.append(len(yb))
+        losses[i], hits[i] = F.cross_entropy(logits, yb), (logits.argmax(1) == yb).sum()
+        sizes.append(len(yb))
     model.train(training)
-    if not sizes: raise ValueError('evaluate: no batches, wanted at least one')
     return _average(losses, hits, sizes)
 
 # %% ../nbs/02_train.ipynb #ef0d210d
@@ -100,9 +101,14 @@ class History:
         return (f"History of {len(self)} epochs{', interrupted' if self.interrupted else ''}: train loss {last['train_loss']:.3f}, "
                 f"train accuracy {last['train_acc']:.1%}, test accuracy {last['test_acc']:.1%}")
 
-# %% ../nbs/02_train.ipynb #e77f2133
+# %% ../nbs/02_train.ipynb #03f18d42
 def check_settings(
-    lr: float, momentum: float = .9, weight_decay: float = 5e-4, epochs: int = 1, bs: int = 1, seed: int = 0,
+    lr: float,  # Learning rate, above 0
+    momentum: float = .9,  # From 0 to below 1
+    weight_decay: float = 5e-4,  # 0 or more
+    epochs: int = 1,  # 1 or more
+    bs: int = 1,  # Batch size, 1 or more
+    seed: int = 0,  # 0 or more
 ):
     "Raise a `ValueError` that names the first setting that makes no sense"
     def refuse(name, value, wanted): raise ValueError(f'{name} is {value!r}, wanted {wanted}')
@@ -153,26 +159,27 @@ def load_state(
         raise ValueError(f'{origin} holds the weights of another model: {"; ".join(differ[:3])}')
     model.load_state_dict(state)
 
-# %% ../nbs/02_train.ipynb #527f8674
+# %% ../nbs/02_train.ipynb #e9be4bb5
 def _train_epoch(model, dl, opt, device, bar):
-    "One pass over `dl`: loss (0-dim), hits (0-dim) and size of each batch, left on the device"
+    "One pass over `dl`: losses and hits of all batches, left on the device, and their sizes"
+    if not len(dl): raise ValueError('fit: no training batches, wanted at least one')
     model.train()
-    losses, hits, sizes = [], [], []
-    for xb, yb in dl:
+    sizes, (losses, hits) = [], torch.zeros(2, len(dl), device=device)     # not a tensor per step: those would pin the memory around them
+    for i, (xb, yb) in enumerate(dl):
         xb, yb = xb.to(device), yb.to(device)
         logits = model(xb)                                          # (B, 10)
         loss = F.cross_entropy(logits, yb)
         opt.zero_grad()
         loss.backward()
         opt.step()
-        losses.append(loss.detach()); hits.append((logits.detach().argmax(1) == yb).sum()); sizes.append(len(yb))
+        losses[i], hits[i] = loss.detach(), (logits.detach().argmax(1) == yb).sum()
+        sizes.append(len(yb))
         bar.update()
-    if not sizes: raise ValueError('fit: no training batches, wanted at least one')
     return losses, hits, sizes
 
 def _check_finite(losses, test_loss, epoch, lr, history):
     "Stop where a loss is not finite, with the step that it happened in"
-    bad = (~torch.isfinite(torch.stack(losses).cpu())).nonzero()
+    bad = (~torch.isfinite(losses)).nonzero()
     if len(bad) or not math.isfinite(test_loss):
         step = bad[0].item() + 1 if len(bad) else len(losses)
         value = losses[step - 1].item() if len(bad) else test_loss
@@ -245,7 +252,7 @@ def load_weights(
     load_state(model, state, path)
     return model
 
-# %% ../nbs/02_train.ipynb #0a122ee5
+# %% ../nbs/02_train.ipynb #039a6ae5
 def _environment(device):
     "What a run ran on"
     from torch.backends import cpu
@@ -254,17 +261,19 @@ def _environment(device):
                 cpu=cpu.get_cpu_capability(), threads=torch.get_num_threads())
 
 def _peak_memory():
-    "Most memory this process ever held, in MB; None on Windows"
-    try: import resource
-    except ImportError: return None
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == 'darwin' else 1e3))
+    "Most memory this process ever held, in MB; None where there is no /proc"
+    try: return int(re.search(r'VmHWM:\s*(\d+) kB', Path('/proc/self/status').read_text())[1]) // 1000
+    except OSError: return None             # getrusage would answer too, but counts the parent process in
 
 def train_run(
     data: ImageData,  # What to train and test on
     lr: float,  # Learning rate
     seed: int = 0,  # Of the initial weights and of the order of the images
     *,
-    epochs: int = 30, bs: int = 128, momentum: float = 0.9, weight_decay: float = 5e-4,
+    epochs: int = 30,  # Passes over the training images
+    bs: int = 128,  # Batch size
+    momentum: float = 0.9,  # Of SGD
+    weight_decay: float = 5e-4,  # Of SGD
     reading: str = 'gate',  # Of the model, see `ImageClassifier`
     device: str | torch.device | None = None,  # None: the best one here
     progress: bool = True,  # Show a bar
@@ -325,7 +334,7 @@ def load_runs(
     runs = [r for r in runs if all(r['config'].get(k) == v for k, v in config.items())]
     return sorted(runs, key=lambda r: (r['config']['reading'], r['config']['lr'], r['config']['seed']))
 
-# %% ../nbs/02_train.ipynb #e19a3fd5
+# %% ../nbs/02_train.ipynb #08e0b2a1
 class SweepError(RuntimeError):
     "Some runs of a sweep failed; `runs` has those that did not, and `errors` says by name what happened"
     def __init__(self, errors, runs):
@@ -371,7 +380,10 @@ def sweep(
     lrs=(0.005, 0.01, 0.0001),  # Learning rates
     seeds=(0,),  # Each learning rate is run with each of them
     *,
-    epochs: int = 30, bs: int = 128, momentum: float = 0.9, weight_decay: float = 5e-4,
+    epochs: int = 30,  # Passes over the training images
+    bs: int = 128,  # Batch size
+    momentum: float = 0.9,  # Of SGD
+    weight_decay: float = 5e-4,  # Of SGD
     reading: str = 'gate',  # Of the model, see `ImageClassifier`
     device: str | torch.device | None = None,  # None: the best one here
     workers: int | None = None,  # Runs at a time; None: one per core
@@ -382,6 +394,7 @@ def sweep(
     configs = [dict(lr=lr, momentum=momentum, weight_decay=weight_decay, epochs=epochs, bs=bs, seed=seed, reading=reading)
                for lr in lrs for seed in seeds]
     for c in configs: check_settings(**{k: v for k, v in c.items() if k != 'reading'})
+    if not configs: raise ValueError('there is nothing to train: wanted at least one learning rate and one seed')
     ImageClassifier(reading=reading)                    # an unknown reading fails here, not in each process
     device = pick_device(device)
     if workers is not None and workers < 1: raise ValueError(f'workers is {workers}, wanted 1 or more')

@@ -1,0 +1,339 @@
+"""The command `cifar_report`: what a good run writes and says, and that a bad one says why and destroys nothing"""
+import base64, io, json, os, re, signal, subprocess, sys, time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from cifar_nbdev.data import DataError, ImageData, dataloaders, load_data, progress_bar, shapes10
+from cifar_nbdev.model import ImageClassifier
+from cifar_nbdev.report import cifar_report, reproduce
+from cifar_nbdev.train import evaluate, fit, load_runs, load_weights, pick_device, save_weights, sweep, weights_sha256
+from conftest import arrays, clean_env, hashes, save_npz
+
+COMMAND = Path(sys.executable).with_name('cifar_report.exe' if os.name == 'nt' else 'cifar_report')
+NAME = 'shapes10 (synthetic)'
+
+
+def command(*args, cwd):
+    "Run the installed command in a process of its own, its output into pipes"
+    return subprocess.run([COMMAND, *map(str, args)], cwd=cwd, env=clean_env(PYTHONIOENCODING='utf-8'),
+                          capture_output=True, text=True, encoding='utf-8')
+
+
+@pytest.fixture(scope='module')
+def good(small, tmp_path_factory):
+    "A folder in which the command was run on small.npz, and what it said"
+    folder = tmp_path_factory.mktemp('good')
+    save_npz(folder/'small.npz', small, name=NAME)
+    said = command('--data', 'small.npz', '--epochs', 2, '--device', 'cpu', '--workers', 1, cwd=folder)
+    assert said.returncode == 0, said.stderr
+    return folder, said
+
+
+class Page(HTMLParser):
+    "Collects tags with their attributes, and text"
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text = [], ''
+        self.feed(text)
+    def handle_starttag(self, tag, attrs): self.tags.append((tag, dict(attrs)))
+    def handle_data(self, data): self.text += data
+
+
+def read_page(good):
+    "The page as HTML, and parsed"
+    html = (good[0]/'report'/'index.html').read_text(encoding='utf-8')
+    return html, Page(html)
+
+
+def test_a_good_run_writes_everything(good):
+    files = set(hashes(good[0]/'report'))
+    stems = {'a-lr0.005', 'b-lr0.01', 'c-lr0.0001'}
+    figures = {str(Path('figures', f'{s}.{e}')) for s in stems for e in ('png', 'svg')}
+    runs = {f for f in files if f.startswith('runs')}
+    assert files - runs == {'index.html', 'table.csv', 'table.md'} | figures
+    assert sorted(Path(f).suffix for f in runs) == ['.json'] * 3 + ['.safetensors'] * 3
+    assert len({Path(f).stem for f in runs}) == 3
+
+
+def test_it_prints_the_table_and_then_the_path(good):
+    folder, said = good
+    assert said.stdout.startswith((folder/'report'/'table.md').read_text(encoding='utf-8'))
+    assert said.stdout.splitlines()[-1].endswith(str(Path('report', 'index.html')))
+
+
+def test_no_bar_where_nobody_watches(good):
+    assert good[1].stderr == ''
+
+
+def test_a_bar_where_somebody_watches(monkeypatch, capsys):
+    for watched in (True, False):
+        monkeypatch.setattr(sys.stderr, 'isatty', lambda: watched, raising=False)
+        monkeypatch.delitem(sys.modules, 'ipykernel', raising=False)
+        with progress_bar(total=3, desc='here') as bar: bar.update(3)
+        assert ('here: 100%' in capsys.readouterr().err) == watched
+
+
+def test_the_page_needs_nothing_else(good):
+    html, page = read_page(good)
+    links = [v for _, a in page.tags for k, v in a.items() if k in ('src', 'href', 'srcset', 'data', 'poster', 'action')]
+    assert len(links) == 3 and all(link.startswith('data:image/') for link in links)
+    assert not {'script', 'link', 'iframe', 'base', 'object'} & {t for t, _ in page.tags}
+    assert not re.search(r'url\(|@import|http-equiv', html)
+
+
+def test_the_page_shows_the_figures_that_are_beside_it(good):
+    _, page = read_page(good)
+    images = [a for t, a in page.tags if t == 'img']
+    shown = [base64.b64decode(a['src'].split(',', 1)[1]) for a in images]
+    assert shown == [(good[0]/'report'/'figures'/f).read_bytes() for f in ('a-lr0.005.svg', 'b-lr0.01.svg', 'c-lr0.0001.svg')]
+    assert all(NAME in a['alt'] for a in images)
+    assert [page.text.index(f'({c}) Learning rate') for c in 'abc'] == sorted(page.text.index(f'({c}) Learning rate') for c in 'abc')
+
+
+def test_the_page_says_what_ran_on_what(good):
+    _, page = read_page(good)
+    run = load_runs(good[0]/'report'/'runs')[0]
+    for said in ('300 training and 100 test images', '2 epochs', run['data']['sha256'][:16], torch.__version__, '3 of 3 runs were trained'):
+        assert said in page.text
+    assert all(r['weights_sha256'][:12] in page.text for r in load_runs(good[0]/'report'/'runs'))
+
+
+def test_it_says_everywhere_that_this_is_not_cifar10(good):
+    folder, said = good
+    html, page = read_page(good)
+    assert 'This is NOT CIFAR-10' in said.stdout and '--data cifar10' in said.stdout
+    assert 'This is not CIFAR-10' in page.text[:page.text.index('Loss and accuracy')] and '--data cifar10' in page.text
+    assert 'not CIFAR-10' in html[html.index('<title>'):html.index('</title>')]
+    for svg in (folder/'report'/'figures').glob('*.svg'):       # letters are drawn as paths, with the text as a comment
+        assert f'<!-- {NAME}, not CIFAR-10 -->' in svg.read_text(encoding='utf-8')
+    assert 'not CIFAR-10' in (folder/'report'/'table.md').read_text(encoding='utf-8')
+
+
+def test_figures_are_pictures(good):
+    from PIL import Image
+    for png in (good[0]/'report'/'figures').glob('*.png'):
+        with Image.open(png) as image: assert min(image.size) > 500 and len(image.convert('RGB').getcolors(1 << 20)) > 10
+
+
+def test_the_table_agrees_with_the_runs(good):
+    table = pd.read_csv(good[0]/'report'/'table.csv').set_index('lr')
+    last = {r['config']['lr']: 100 * r['epochs'][-1]['test_acc'] for r in load_runs(good[0]/'report'/'runs')}
+    assert table['ours'].round(2).to_dict() == {lr: round(acc, 2) for lr, acc in last.items()}
+    assert table['report'].to_dict() == {.005: 52.24, .01: 51.97, .0001: 38.57}
+
+
+def test_a_run_json_has_what_was_promised(good, small):
+    keys = dict(config='lr momentum weight_decay epochs bs seed reading', data='name sha256 n_train n_test',
+                env='python torch torchvision numpy platform device threads')
+    for file in (good[0]/'report'/'runs').glob('*.json'):
+        run = json.loads(file.read_text(encoding='utf-8'))
+        assert {'epochs', 'wall_seconds', 'weights_sha256', *keys} <= set(run)
+        for k, names in keys.items(): assert set(names.split()) <= set(run[k])
+        assert [e['epoch'] for e in run['epochs']] == [1, 2]
+        for e in run['epochs']:
+            assert set(e) >= {'epoch', 'train_loss', 'train_acc', 'test_loss', 'test_acc', 'seconds'}
+            assert 0 <= e['train_acc'] <= 1 and 0 <= e['test_acc'] <= 1 and (e['test_acc'] * 100) % 1 < 1e-6
+        assert run['data'] == dict(name=NAME, sha256=small.sha256, n_train=300, n_test=100)
+        assert (run['config']['bs'], run['config']['epochs'], run['env']['device']) == (128, 2, 'cpu')
+
+
+def test_the_weights_are_those_of_the_run(good, small):
+    for file in (good[0]/'report'/'runs').glob('*.json'):
+        run, model = json.loads(file.read_text(encoding='utf-8')), ImageClassifier()
+        load_weights(model, file.with_suffix('.safetensors'))
+        assert weights_sha256(model) == run['weights_sha256']
+        assert evaluate(model, dataloaders(small).test)[1] == run['epochs'][-1]['test_acc']
+
+
+def test_the_same_command_again_trains_nothing(good, monkeypatch, capsys, tmp_path):
+    before = hashes(good[0]/'report')
+    monkeypatch.chdir(good[0])
+    monkeypatch.setattr('cifar_nbdev.train.loky.ProcessPoolExecutor', None)
+    cifar_report('--data small.npz --epochs 2 --device cpu'.split())
+    after = hashes(good[0]/'report')
+    assert {k for k in before | after if before.get(k) != after.get(k)} == {'index.html'}
+    assert '0 of 3 runs were trained' in read_page(good)[1].text and 'The report:' in capsys.readouterr().out
+
+
+def test_it_can_print_to_a_terminal_that_knows_ascii_only(good, monkeypatch):
+    monkeypatch.chdir(good[0])
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(io.BytesIO(), encoding='ascii'))
+    cifar_report('--data small.npz --epochs 2 --device cpu'.split())
+    sys.stdout.flush()
+    assert b'The report:' in sys.stdout.buffer.getvalue()
+
+
+# Bad input
+
+class Bomb:
+    "An object that only pickle can store"
+
+
+def bad_npz(small, path, key, value):
+    "small.npz, with one array replaced"
+    return save_npz(path, small, **{key: value(arrays(small)[key])})
+
+
+def not_a_number_of_images(y): return y[:-1]
+
+NPZ = dict(
+    shape=('x_train', lambda x: x[:, :16], '(300, 16, 32, 3)'), flat=('x_test', lambda x: x.reshape(100, -1), '(100, 3072)'),
+    grey=('x_train', lambda x: x[..., :1], '(300, 32, 32, 1)'), dtype=('x_train', lambda x: x.astype(np.float32), 'float32'),
+    none=('x_test', lambda x: x[:0], '(0, 32, 32, 3)'), label=('y_train', lambda y: y + 1, '1 to 10'),
+    negative=('y_test', lambda y: y - 1, '-1 to 8'), float_label=('y_train', lambda y: y / 1, 'float64'),
+    one_hot=('y_train', lambda y: np.eye(10, dtype=int)[y], '(300, 10)'), fewer=('y_test', not_a_number_of_images, '(99,)'),
+    pickled=('y_test', lambda y: np.array([Bomb()] * len(y)), 'pickle'))
+
+
+def truncated(small, path):
+    "small.npz, half of it"
+    save_npz(path, small)
+    path.write_bytes(path.read_bytes()[:300_000])
+
+
+def damaged(small, path):
+    "small.npz with other bytes in the middle"
+    save_npz(path, small)
+    content = bytearray(path.read_bytes())
+    content[300_000:300_100] = bytes(100)
+    path.write_bytes(content)
+
+FILES = dict(
+    truncated=(truncated, 'whole'), damaged=(damaged, 'whole'),
+    keys=(lambda small, path: np.savez(path, images=arrays(small)['x_train']), 'y_train'),
+    text=(lambda small, path: path.write_text('x_train'), 'whole'), empty=(lambda small, path: path.write_bytes(b''), 'whole'),
+    folder=(lambda small, path: path.mkdir(), 'folder'), missing=(lambda small, path: None, 'no such file'))
+
+OPTIONS = {
+    '--data cifar100': 'cifar100', '--lrs 0': 'lr', '--lrs -0.005': '-0.005', '--lrs nan': 'nan', '--lrs inf': 'inf', '--lrs fast': 'fast',
+    '--lrs ,': 'lr', '--lrs 0.005 0': 'lr', '--epochs 0': 'epochs', '--epochs -1': '-1', '--epochs 1.5': '1.5', '--epochs many': 'many',
+    '--seeds -1': 'seed', '--seeds x': 'x', '--seeds ,': 'seed', '--workers 0': 'workers', '--device tpu': 'tpu', '--device cuda:99': 'cuda:99',
+    '--device cuda:x': 'cuda:x', '--device meta': 'meta', '--bs 0': '--bs', 'more': 'more', '--out small.npz': 'small.npz',
+    '--out small.npz/below': 'below', '--out': '--out'}
+
+
+def refused(good, capfd, *args):
+    "Run the command in this process: status 2, an error of one or two lines, nothing changed; the error"
+    before = hashes(good[0])
+    folders = {p for p in good[0].rglob('*') if p.is_dir()}
+    with pytest.raises(SystemExit) as e: cifar_report(['--data', 'small.npz', '--epochs', '2', '--device', 'cpu', *args])
+    out, err = capfd.readouterr()
+    assert e.value.code == 2 and out == ''
+    assert err.startswith('cifar_report: ') and err.endswith('\n') and len(err.splitlines()) in (1, 2), err
+    assert hashes(good[0]) == before and {p for p in good[0].rglob('*') if p.is_dir()} == folders
+    return err
+
+
+@pytest.mark.parametrize('options', OPTIONS)
+def test_bad_options(good, capfd, monkeypatch, options):
+    monkeypatch.chdir(good[0])
+    assert OPTIONS[options] in refused(good, capfd, *options.split())
+
+
+@pytest.mark.parametrize('case', [*NPZ, *FILES])
+def test_bad_files(good, small, capfd, monkeypatch, tmp_path, case):
+    monkeypatch.chdir(good[0])
+    path = tmp_path/'bad.npz'
+    if case in NPZ: bad_npz(small, path, *NPZ[case][:2])
+    else: FILES[case][0](small, path)
+    err = refused(good, capfd, '--data', str(path))
+    assert str(path) in err and (NPZ | FILES)[case][-1] in err
+
+
+def test_bad_settings_are_refused_before_the_data_are_read(good, capfd, monkeypatch):
+    monkeypatch.chdir(good[0])
+    assert 'lr' in refused(good, capfd, '--data', 'none.npz', '--lrs', '0')
+
+
+@pytest.mark.parametrize('options', ['--lrs 0', '--data cifar100', '--device tpu'])
+def test_a_refused_command_makes_no_folder(good, capfd, monkeypatch, options):
+    monkeypatch.chdir(good[0])
+    refused(good, capfd, '--out', 'new', *options.split())
+    assert not (good[0]/'new').exists()
+
+
+def test_the_installed_command_refuses_alike(good):
+    said = command('--data', 'small.npz', '--lrs', 'nan', cwd=good[0])
+    assert said.returncode == 2 and said.stdout == '' and said.stderr.startswith('cifar_report: lr is nan')
+    assert len(said.stderr.splitlines()) == 1
+
+
+def test_a_loss_that_is_not_finite_ends_one_run_only(good, capfd, monkeypatch):
+    monkeypatch.chdir(good[0])
+    before = hashes(good[0])
+    with pytest.raises(SystemExit) as e:
+        cifar_report('--data small.npz --lrs 1e30 0.02 --epochs 2 --device cpu --workers 1'.split())
+    err = capfd.readouterr().err
+    assert e.value.code == 2 and err.startswith('cifar_report: 1 of 2 runs failed') and len(err.splitlines()) == 2
+    assert 'epoch 1, step' in err and '1e+30' in err
+    after = hashes(good[0])
+    assert {k: after.get(k) for k in before} == before and {k.split('-')[1] for k in after.keys() - before} == {'lr0.02'}
+
+
+def test_a_damaged_run_is_named(good, capfd, monkeypatch, tmp_path):
+    import shutil
+    shutil.copytree(good[0], tmp_path/'copy')
+    run = next((tmp_path/'copy'/'report'/'runs').glob('*.json'))
+    run.write_bytes(run.read_bytes()[:100])
+    monkeypatch.chdir(tmp_path/'copy')
+    assert run.name in refused((tmp_path/'copy', None), capfd)
+
+
+# The library's side: typed exceptions
+
+@pytest.mark.parametrize('error, call', [
+    (ValueError, lambda d, p: load_data('cifar100')), (FileNotFoundError, lambda d, p: load_data(p/'none.npz')),
+    (DataError, lambda d, p: load_data(bad_npz(d, p/'bad.npz', 'y_train', lambda y: y + 1))),
+    (ValueError, lambda d, p: load_data(save_npz(p/'a.npz', d), name='CIFAR-10')),
+    (ValueError, lambda d, p: fit(ImageClassifier(), dataloaders(d), lr=0)),
+    (ValueError, lambda d, p: fit(ImageClassifier(), dataloaders(d), lr=float('nan'))),
+    (ValueError, lambda d, p: fit(ImageClassifier(), dataloaders(d), epochs=0)),
+    (ValueError, lambda d, p: dataloaders(d, bs=0)), (ValueError, lambda d, p: dataloaders(d, bs=1.5)),
+    (ValueError, lambda d, p: dataloaders(d, num_workers=-1)),
+    (ValueError, lambda d, p: pick_device('tpu')), (ValueError, lambda d, p: pick_device('cuda:99')),
+    (ValueError, lambda d, p: sweep(d, [.01], reading='none')), (ValueError, lambda d, p: sweep(d, [.01], bs=0)),
+    (OSError, lambda d, p: reproduce(d, out=save_npz(p/'a.npz', d)/'below')),
+    (FileNotFoundError, lambda d, p: load_weights(ImageClassifier(), p/'none.safetensors'))])
+def test_typed_exceptions(small, tmp_path, error, call):
+    with pytest.raises(error) as e: call(small, tmp_path)
+    assert str(e.value)
+
+
+@pytest.mark.parametrize('other', [dict(branches=3), dict(reading='no gate'), dict(reading='two heads'), dict(classes=100), dict(kernel_size=3)])
+def test_weights_of_another_model_are_refused(tmp_path, other):
+    save_weights(ImageClassifier(**other), tmp_path/'other.safetensors')
+    model = ImageClassifier(seed=0)
+    before = weights_sha256(model)
+    with pytest.raises(ValueError, match='another model'): load_weights(model, tmp_path/'other.safetensors')
+    assert weights_sha256(model) == before
+
+
+@pytest.mark.parametrize('content', [b'', b'\0' * 100, b'half'])
+def test_a_file_that_holds_no_weights_is_refused(tmp_path, content):
+    (tmp_path/'bad.safetensors').write_bytes(content)
+    with pytest.raises(ValueError, match='not a whole'): load_weights(ImageClassifier(), tmp_path/'bad.safetensors')
+
+
+# Interrupt
+
+@pytest.mark.skipif(os.name == 'nt', reason='POSIX signals')
+@pytest.mark.parametrize('kill', [os.kill, getattr(os, 'killpg', None)], ids=['the command alone', 'Ctrl-C in a terminal'])
+def test_an_interrupt_keeps_what_is_finished(tmp_path, kill):
+    save_npz(tmp_path/'data.npz', shapes10(1000, 100), name=NAME)
+    args = '--data data.npz --lrs 0.005 0.01 0.0001 0.001 --epochs 8 --device cpu --workers 1'.split()
+    process = subprocess.Popen([COMMAND, *args], cwd=tmp_path, env=clean_env(), start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (finished := list((tmp_path/'report'/'runs').glob('[!.]*.json'))):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(.005)
+    kill(process.pid, signal.SIGINT)
+    out, err = process.communicate()
+    assert process.returncode == 130, err
+    assert 'interrupted' in err and 'Traceback' not in err and len(err.splitlines()) == 1 and out == ''
+    assert finished[0].exists() and 1 <= len(load_runs(tmp_path/'report'/'runs')) < 4
+    assert not (tmp_path/'report'/'index.html').exists()
