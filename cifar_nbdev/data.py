@@ -216,12 +216,12 @@ def download(
         except (OSError, ValueError, urllib.request.http.client.HTTPException) as e: said.append(f'  {url}: {e}')
     raise DownloadError('no source gave the file:\n' + '\n'.join(said))
 
-# %% ../nbs/00_data.ipynb #5c983e44
+# %% ../nbs/00_data.ipynb #f0ab07b5
 def _torchvision_cifar10():
     "torchvision's `CIFAR10`; an `ImportError` that says cause and fix where it does not import"
     try: from torchvision.datasets import CIFAR10
-    except (ImportError, RuntimeError, OSError) as e:   # "operator torchvision::nms does not exist" is a RuntimeError
-        raise ImportError(f'torchvision does not import beside torch {torch.__version__} ({str(e).splitlines()[0]}): '
+    except Exception as e:                              # "operator torchvision::nms does not exist" is a RuntimeError
+        raise ImportError(f'torchvision does not import beside torch {torch.__version__} ({type(e).__name__}: {e}): '
             'they were built for different versions. Reinstall both from one index: pip install --force-reinstall torch torchvision. '
             "An .npz and source='shapes10' work without torchvision") from e
     return CIFAR10

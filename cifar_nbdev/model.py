@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-# %% ../nbs/01_model.ipynb #699a9661
+# %% ../nbs/01_model.ipynb #29b99970
 READINGS = ('gate', 'mix-first', 'two heads', 'no gate', 'flat gate', 'softmax gate', 'sigmoid gate', 'relu gate')
 _SQUASH = {'softmax gate': lambda a: a.softmax(1), 'sigmoid gate': torch.sigmoid, 'relu gate': F.relu}
 
@@ -34,10 +34,11 @@ class ImageClassifier(nn.Module):
         if kernel_size > 32: raise ValueError(f'kernel_size is {kernel_size}, wanted at most 32, the side of the images')
         self.branches, self.channels, self.reading = branches, channels, reading
         features = channels * (32 - kernel_size + 1)**2
-        self.conv = nn.Conv2d(3, branches*channels, kernel_size)           # all K convolutions, stacked
-        self.fc = nn.Linear(features, classes) if reading != 'two heads' else \
-            nn.ModuleList(nn.Linear(features, classes) for _ in range(branches))
-        if reading != 'no gate': self.gate = nn.Linear(3*32*32 if reading == 'flat gate' else 3, branches)
+        with torch.random.fork_rng(devices=[], enabled=seed is not None):  # with a seed, the global random state is left alone
+            self.conv = nn.Conv2d(3, branches*channels, kernel_size)       # all K convolutions, stacked
+            self.fc = nn.Linear(features, classes) if reading != 'two heads' else \
+                nn.ModuleList(nn.Linear(features, classes) for _ in range(branches))
+            if reading != 'no gate': self.gate = nn.Linear(3*32*32 if reading == 'flat gate' else 3, branches)
         if seed is not None: self._initialise(torch.Generator().manual_seed(seed))
 
     def _initialise(self, generator):

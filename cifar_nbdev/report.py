@@ -6,7 +6,7 @@
 __all__ = ['REPORT', 'FIGURES', 'STYLE', 'by_lr', 'curves', 'accuracy_table', 'half_width', 'claims', 'markdown', 'reproduce',
            'cifar_report']
 
-# %% ../nbs/03_report.ipynb #d2515533
+# %% ../nbs/03_report.ipynb #e4ad273f
 import argparse, base64, html, io, sys, time, warnings
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from . import __version__
 from .data import NAME, SHAPES_NAME, ImageData, load_data, whole_file
-from .train import SweepError, load_runs, sweep
+from .train import SweepError, check_sweep, load_runs, sweep
 
 # %% ../nbs/03_report.ipynb #d0ccf9a0
 REPORT = {0.005: .5224, 0.01: .5197, 0.0001: .3857}     # the report's accuracy table: learning rate, test accuracy
@@ -125,7 +125,7 @@ def claims(
     row([a, b, c], '0.0001 is the worst', lambda: f"{mean(c, 'test_acc'):.1%}", lambda: mean(c, 'test_acc') < min(mean(a, 'test_acc'), mean(b, 'test_acc')))
     return pd.DataFrame(rows, columns=['the report says', 'measured', 'verdict'])
 
-# %% ../nbs/03_report.ipynb #44daf300
+# %% ../nbs/03_report.ipynb #0e14eb10
 _CSS = """
 :root{color-scheme:light dark;--fg:#1d2329;--bg:#fff;--soft:#5b6670;--line:#d9dee3;--warn-bg:#fff1d6;--warn:#7a3b00}
 @media(prefers-color-scheme:dark){:root{--fg:#e4e8ec;--bg:#14181c;--soft:#a3adb7;--line:#3a434b;--warn-bg:#4a2d00;--warn:#ffd9a0}}
@@ -191,7 +191,7 @@ def markdown(
     "A table in Markdown, numbers to the right"
     def text(key, v):
         if not isinstance(v, float): return str(v)
-        return '–' if np.isnan(v) else f'{v:g}' if key in ('lr', 'momentum', 'weight decay') else f'{v:.2f}'
+        return '-' if np.isnan(v) else f'{v:g}' if key in ('lr', 'momentum', 'weight decay') else f'{v:.2f}'
     df = table.reset_index()
     columns = [[str(k), *(text(k, v) for v in df[k])] for k in df]
     widths = [max(map(len, c)) for c in columns]
@@ -236,8 +236,9 @@ def reproduce(
 ) -> Path:  # The page, index.html
     "Train a model for each learning rate and seed, and write figures, table and page"
     start, out = time.perf_counter(), Path(out)
-    _writable(out)
+    check_sweep(lrs, seeds, device, workers, epochs=epochs)
     data = data if isinstance(data, ImageData) else load_data(data)
+    _writable(out)
     had = {p.name for p in (out/'runs').glob('*.json')}
     runs = sweep(data, lrs, seeds, epochs=epochs, device=device, workers=workers, out=out/'runs', progress=progress)
     new = len({p.name for p in (out/'runs').glob('*.json')} - had)
@@ -245,11 +246,12 @@ def reproduce(
             f'all of them together took {_time(sum(r["wall_seconds"] for r in runs))} of computing.')
     table, figures = accuracy_table(runs), _save_figures(runs, out/'figures')
     with whole_file(out/'table.csv') as tmp: table.to_csv(tmp)
-    with whole_file(out/'table.md') as tmp: tmp.write_text(f'{table.columns.name}\n\n{markdown(table)}', encoding='utf-8')
+    note = '' if data.name.startswith(NAME) else f'\nThis is NOT CIFAR-10, but {data.name}. {_GET_DATA}\n'
+    with whole_file(out/'table.md') as tmp: tmp.write_text(f'{table.columns.name}\n\n{markdown(table)}{note}', encoding='utf-8')
     with whole_file(out/'index.html') as tmp: tmp.write_text(_page(runs, figures, took), encoding='utf-8')
     return out/'index.html'
 
-# %% ../nbs/03_report.ipynb #be3495c3
+# %% ../nbs/03_report.ipynb #0d8ed9af
 class _Parser(argparse.ArgumentParser):
     "An argument parser whose errors are one line"
     def error(self, message): self.exit(2, f'{self.prog}: {message} (see {self.prog} --help)\n')
@@ -276,18 +278,11 @@ def cifar_report(
     lrs, seeds = sum(args.pop('lrs'), []), sum(args.pop('seeds'), [])
     matplotlib.use('agg')
     try:
-        _writable(args['out'])
-        data = _load_aloud(args.pop('data'))
-        page = reproduce(data, lrs, seeds=seeds, **args)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(message, file=sys.stderr)     # without a line of code
+            page = reproduce(lrs=lrs, seeds=seeds, **args)
     except KeyboardInterrupt:
         p.exit(130, f"{p.prog}: interrupted. Finished runs are in {args['out']}/runs; the same command goes on from there\n")
     except (ValueError, OSError, ImportError, SweepError) as e: p.exit(2, f'{p.prog}: {e}\n')
     print((page.parent/'table.md').read_text(encoding='utf-8'))
-    if not data.name.startswith(NAME): print(f'This is NOT CIFAR-10, but {data.name}. {_GET_DATA}\n')
     print(f'The report: {page}')
-
-def _load_aloud(source):
-    "Load data; a warning goes to standard error as it is, without the line of code that it came from"
-    with warnings.catch_warnings(record=True) as caught: data = load_data(source)
-    for w in caught: print(w.message, file=sys.stderr)
-    return data

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['evaluate', 'pick_device', 'reference_arithmetic', 'keep_freed_memory', 'History', 'check_settings',
            'NonFiniteLossError', 'load_state', 'fit', 'weights_sha256', 'save_weights', 'load_weights', 'train_run',
-           'run_name', 'save_run', 'load_run', 'load_runs', 'SweepError', 'sweep']
+           'run_name', 'save_run', 'load_run', 'load_runs', 'SweepError', 'check_sweep', 'sweep']
 
-# %% ../nbs/02_train.ipynb #92ffaf18
-import ctypes, hashlib, json, math, os, platform, re, tempfile, time
+# %% ../nbs/02_train.ipynb #b73b8f22
+import ctypes, hashlib, json, math, os, platform, re, tempfile, threading, time
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import loky
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from tqdm.auto import tqdm
 
 from .data import DataLoaders, ImageData, dataloaders, progress_bar, whole_file
 from .model import ImageClassifier
@@ -84,13 +85,13 @@ def keep_freed_memory() -> bool:  # Was the policy changed?
     MMAP_THRESHOLD, TRIM_THRESHOLD, TOP_PAD = -3, -1, -2      # names and numbers of malloc.h
     return all([mallopt(MMAP_THRESHOLD, 1 << 30), mallopt(TRIM_THRESHOLD, (1 << 31) - 1), mallopt(TOP_PAD, 256 << 20)])
 
-# %% ../nbs/02_train.ipynb #40ed3ac1
+# %% ../nbs/02_train.ipynb #00788cbf
 class History:
     "What happened in each epoch of a `fit`"
     def __init__(self,
         epochs=(),  # Rows: dicts with epoch, train_loss, train_acc, test_loss, test_acc, seconds
     ):
-        self.epochs, self.interrupted = list(epochs), False
+        self.epochs, self.resumed, self.interrupted = list(epochs), len(epochs), False
     def __len__(self): return len(self.epochs)
     def to_frame(self) -> pd.DataFrame:  # A row per epoch; accuracies as fractions
         "As a table: epoch, train_loss, train_acc, test_loss, test_acc, seconds"
@@ -128,11 +129,11 @@ class NonFiniteLossError(ArithmeticError):
         super().__init__(message)
         self.history = history
 
-# %% ../nbs/02_train.ipynb #b93997a2
+# %% ../nbs/02_train.ipynb #6fb7dc6e
 def _save_checkpoint(path, model, opt, sampler, history, settings):
-    with whole_file(path) as tmp:
+    with whole_file(path) as tmp, open(tmp, 'wb') as f:
         torch.save(dict(model=model.state_dict(), optimizer=opt.state_dict(), order=sampler and sampler.generator.get_state(),
-                        epochs=history.epochs, settings=settings), tmp)
+                        epochs=history.epochs, settings=settings), f)
 
 def _load_checkpoint(path, model, opt, sampler, settings):
     "Put everything back as it was; the epochs done so far"
@@ -159,7 +160,7 @@ def load_state(
         raise ValueError(f'{origin} holds the weights of another model: {"; ".join(differ[:3])}')
     model.load_state_dict(state)
 
-# %% ../nbs/02_train.ipynb #e9be4bb5
+# %% ../nbs/02_train.ipynb #80e6e4d2
 def _train_epoch(model, dl, opt, device, bar):
     "One pass over `dl`: losses and hits of all batches, left on the device, and their sizes"
     if not len(dl): raise ValueError('fit: no training batches, wanted at least one')
@@ -205,7 +206,7 @@ def fit(
     model.to(device)
     opt = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
     settings, sampler = dict(lr=lr, momentum=momentum, weight_decay=weight_decay), getattr(train, 'sampler', None)
-    sampler = sampler if hasattr(sampler, 'generator') else None
+    if getattr(sampler, 'generator', None) is None: sampler = None      # a loader whose order has no state of its own
     history = History(_load_checkpoint(checkpoint, model, opt, sampler, settings) if checkpoint else ())
     with reference_arithmetic(), progress_bar(progress, total=epochs*len(train), initial=len(history)*len(train), unit='step', desc=f'lr {lr:g}') as bar:
         try:
@@ -252,11 +253,13 @@ def load_weights(
     load_state(model, state, path)
     return model
 
-# %% ../nbs/02_train.ipynb #039a6ae5
+# %% ../nbs/02_train.ipynb #5489a71b
 def _environment(device):
     "What a run ran on"
     from torch.backends import cpu
-    return dict(python=platform.python_version(), torch=torch.__version__, torchvision=version('torchvision'), numpy=np.__version__,
+    try: torchvision = version('torchvision')
+    except PackageNotFoundError: torchvision = None
+    return dict(python=platform.python_version(), torch=torch.__version__, torchvision=torchvision, numpy=np.__version__,
                 platform=platform.platform(), device=torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,
                 cpu=cpu.get_cpu_capability(), threads=torch.get_num_threads())
 
@@ -287,10 +290,11 @@ def train_run(
     history = fit(model, dataloaders(data, bs, seed=seed), epochs, lr, momentum, weight_decay,
                   device=device, progress=progress, checkpoint=checkpoint, callbacks=callbacks)
     if history.interrupted: raise KeyboardInterrupt
+    seconds = time.perf_counter() - start + sum(e['seconds'] for e in history.epochs[:history.resumed])
     return dict(
         config=dict(lr=lr, momentum=momentum, weight_decay=weight_decay, epochs=epochs, bs=bs, seed=seed, reading=reading),
         data=dict(name=data.name, sha256=data.sha256, n_train=len(data.x_train), n_test=len(data.x_test)),
-        env=_environment(device), epochs=history.epochs, wall_seconds=round(time.perf_counter() - start, 2),
+        env=_environment(device), epochs=history.epochs, wall_seconds=round(seconds, 2),
         peak_memory_mb=_peak_memory(), weights_sha256=weights_sha256(model)), model
 
 def run_name(
@@ -330,11 +334,11 @@ def load_runs(
     **config,  # Keep runs with these settings only, such as reading='gate', lr=0.005
 ) -> list:  # Runs, sorted by reading, learning rate and seed
     "Read all runs of a folder"
-    runs = [load_run(p) for p in Path(folder).glob('*-seed*.json')]
+    runs = [load_run(p) for p in Path(folder).glob('[!.]*-seed*.json')]
     runs = [r for r in runs if all(r['config'].get(k) == v for k, v in config.items())]
     return sorted(runs, key=lambda r: (r['config']['reading'], r['config']['lr'], r['config']['seed']))
 
-# %% ../nbs/02_train.ipynb #08e0b2a1
+# %% ../nbs/02_train.ipynb #db241915
 class SweepError(RuntimeError):
     "Some runs of a sweep failed; `runs` has those that did not, and `errors` says by name what happened"
     def __init__(self, errors, runs):
@@ -352,6 +356,7 @@ def _share(data, folder):
 def _start_worker(folder, classes, name, sha256):
     "Runs first in each new process: one thread, and the images mapped, not copied"
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())                    # its own lock is a semaphore, which a killed process would leave behind
     arrays = (torch.from_numpy(np.load(f'{folder}/{k}.npy', mmap_mode='c')) for k in _ARRAYS)
     _worker['data'] = ImageData(*arrays, classes, name, sha256)
 
@@ -375,6 +380,24 @@ def _follow(futures, bar, scratch):
         if ended: return
         time.sleep(.2)
 
+def check_sweep(
+    lrs,  # Learning rates
+    seeds,  # Seeds
+    device: str | torch.device | None = None,  # As for `sweep`
+    workers: int | None = None,  # As for `sweep`
+    **settings,  # Of all runs: momentum, weight_decay, epochs, bs, reading
+) -> list:  # Settings of each run, for each learning rate those of each seed
+    "Raise a `ValueError` for the first argument of a sweep that makes no sense, before anything is loaded or trained"
+    lrs, seeds = list(lrs), list(seeds)
+    for name, values in dict(lrs=lrs, seeds=seeds).items():
+        if not values: raise ValueError(f'{name} is empty, wanted at least one value')
+    configs = [dict(lr=lr, seed=seed, **settings) for lr in lrs for seed in seeds]
+    for c in configs: check_settings(**{k: v for k, v in c.items() if k != 'reading'})
+    ImageClassifier(reading=settings.get('reading', 'gate'), seed=0)
+    pick_device(device)
+    if workers is not None and workers < 1: raise ValueError(f'workers is {workers}, wanted 1 or more')
+    return [{k: v.item() if isinstance(v, np.generic) else v for k, v in c.items()} for c in configs]       # plain numbers, for JSON
+
 def sweep(
     data: ImageData,  # What to train and test on
     lrs=(0.005, 0.01, 0.0001),  # Learning rates
@@ -391,13 +414,8 @@ def sweep(
     progress: bool = True,  # Show a bar over the epochs of all runs
 ) -> list:  # Runs, for each learning rate those of each seed
     "Train a model for each learning rate and seed"
-    configs = [dict(lr=lr, momentum=momentum, weight_decay=weight_decay, epochs=epochs, bs=bs, seed=seed, reading=reading)
-               for lr in lrs for seed in seeds]
-    for c in configs: check_settings(**{k: v for k, v in c.items() if k != 'reading'})
-    if not configs: raise ValueError('there is nothing to train: wanted at least one learning rate and one seed')
-    ImageClassifier(reading=reading)                    # an unknown reading fails here, not in each process
+    configs = check_sweep(lrs, seeds, device, workers, momentum=momentum, weight_decay=weight_decay, epochs=epochs, bs=bs, reading=reading)
     device = pick_device(device)
-    if workers is not None and workers < 1: raise ValueError(f'workers is {workers}, wanted 1 or more')
     todo, runs, errors = {run_name(c, data.sha256): c for c in configs}, {}, {}
     for name in todo:
         if out and (file := Path(out)/f'{name}.json').exists(): runs[name] = load_run(file)

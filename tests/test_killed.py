@@ -30,8 +30,9 @@ from cifar_nbdev import data, train
 from cifar_nbdev.data import dataloaders, shapes10
 from cifar_nbdev.model import ImageClassifier
 def die(*args, **kwargs): os.kill(os.getpid(), signal.SIGKILL)
-def half(state, path):
-    with open(path, 'wb') as f: f.write(b'half a checkpoint')
+def half(state, f):
+    f.write(b'half a checkpoint')
+    f.flush()
     die()
 def in_epoch_3(model, history):
     if len(history) == 2: POINTS[sys.argv[1]]()

@@ -1,0 +1,35 @@
+"Sphinx's settings; build.py runs Sphinx over the translated notebooks"
+from configparser import ConfigParser
+from pathlib import Path
+
+_config = ConfigParser(delimiters=['='], interpolation=None)
+_config.read(Path(__file__).parent.parent/'settings.ini', encoding='utf-8')
+_cfg = _config['DEFAULT']
+
+project, author, release = _cfg['title'], _cfg['author'], _cfg['version']
+project_copyright, language = _cfg['copyright'], 'en'
+extensions = ['myst_nb', 'sphinx_copybutton', 'sphinx-mathjax-offline']
+nb_execution_mode = 'off'
+nb_merge_streams = True
+nb_ipywidgets_js = {}                                   # its default loads from a CDN
+myst_enable_extensions = ['attrs_block', 'attrs_inline', 'colon_fence', 'dollarmath']
+myst_heading_anchors = 4
+myst_url_schemes = ['http', 'https', 'mailto']
+numfig = True
+numfig_secnum_depth = 0
+numfig_format = {'figure': 'Figure %s'}
+nitpicky = True
+copybutton_exclude = '.linenos, .gp, .go'
+
+html_theme = 'sphinx_book_theme'
+html_title = _cfg['title']
+html_baseurl = _cfg['doc_host'] + _cfg['doc_baseurl'] + '/'
+html_static_path = ['_static']
+html_css_files = ['custom.css']
+html_copy_source = False
+html_theme_options = {
+    'repository_url': _cfg['git_url'], 'repository_branch': _cfg['branch'], 'use_repository_button': True,
+    'use_download_button': False, 'use_fullscreen_button': False,
+    'home_page_in_toc': True, 'show_toc_level': 2, 'navbar_persistent': [],
+    'pygments_light_style': 'a11y-high-contrast-light', 'pygments_dark_style': 'a11y-high-contrast-dark',
+}

@@ -1,0 +1,160 @@
+"""Executes the notebooks on shapes10 and stores their outputs, or checks that the stored ones are what the code gives
+
+    python docs/execute.py [--check] [notebook ...]
+
+Figures are compared by the data they draw, not by their pixels: lines, areas, bars, images and texts are summed up in a few numbers
+each, which are stored in the metadata of the figure's output. Cells flagged `eval: false`, `slow` or `cuda` are not run and keep their outputs.
+"""
+import argparse, copy, math, os, re, sys, tempfile
+from concurrent.futures import ThreadPoolExecutor
+from configparser import ConfigParser
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell
+
+ROOT = Path(__file__).resolve().parent.parent
+MAX_SIZE = 300_000                                      # bytes of a notebook with its outputs
+DRAWN = 'application/x-drawn+json'
+ENV = dict(CIFAR_NBDEV_DATA='shapes10', TQDM_DISABLE='1', OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore', PYDEVD_DISABLE_FILE_VALIDATION='1')
+_SKIP = re.compile(r'^#\|\s*(?:eval:\s*false|slow|cuda)\b|^[^#\n]*nbdev_export\(\)', re.M)
+
+
+def hook(mime):
+    "Runs in the notebook's kernel: from now on a figure's output also carries what the figure draws"
+    import numpy as np
+    from IPython import get_ipython
+    from IPython.core.formatters import BaseFormatter
+    from traitlets import ObjectName, Unicode
+
+    def numbers(array):
+        "Size, lowest, highest, mean, and a mean with growing weights, which depends on the order"
+        a = np.ma.masked_invalid(np.asarray(array, dtype=float).ravel()).compressed()
+        return [int(a.size), *(float(f'{v:.7g}') for v in ((a.min(), a.max(), a.mean(), (a * np.linspace(0, 1, a.size)).mean()) if a.size else ()))]
+
+    def drawn(fig):
+        "All data and texts of a figure"
+        found = [['figure', fig.get_suptitle()]]
+        for ax in fig.axes:
+            texts = [ax.get_title(), ax.get_xlabel(), ax.get_ylabel(), *(t.get_text() for t in ax.texts)]
+            if ax.get_legend(): texts += [t.get_text() for t in ax.get_legend().get_texts()]
+            found.append(['axes', *texts, *numbers([*ax.get_xlim(), *ax.get_ylim()])])
+            found += [['line', *numbers(line.get_xydata())] for line in ax.lines]
+            found += [['bar', *numbers(p.get_patch_transform().transform(p.get_path().vertices))] for p in ax.patches]
+            found += [['image', *numbers(i.get_array())] for i in ax.images]
+            for c in ax.collections:
+                found.append(['area', *(n for part in (*(p.vertices for p in c.get_paths()), c.get_offsets(), c.get_array())
+                                        if part is not None for n in numbers(part))])
+        return found
+
+    class DrawnFormatter(BaseFormatter):
+        format_type, print_method, _return_type = Unicode(mime), ObjectName('_repr_drawn_'), list
+
+    formatters = get_ipython().display_formatter.formatters
+    formatters[mime] = DrawnFormatter()
+    formatters[mime].for_type_by_name('matplotlib.figure', 'Figure', drawn)
+
+
+def _hook_cell():
+    "A cell that installs `hook`"
+    import inspect
+    return new_code_cell(f'{inspect.getsource(hook)}\nhook({DRAWN!r})\ndel hook')
+
+
+def _tidy(outputs):
+    "Outputs as they are stored: no standard error, no widgets, no counts; what a figure draws goes into its metadata"
+    outputs = [o for o in outputs if o.get('name') != 'stderr' and 'application/vnd.jupyter.widget-view+json' not in o.get('data', {})]
+    for o in outputs:
+        if 'execution_count' in o: o.execution_count = None
+        if DRAWN in o.get('data', {}): o.metadata['drawn'] = o.data.pop(DRAWN)
+    return outputs
+
+
+def execute(path):
+    "A notebook with the outputs that its cells give now"
+    nb = nbformat.read(path, as_version=4)
+    ran = copy.deepcopy(nb)
+    for cell in ran.cells:
+        if _SKIP.search(cell.source): cell.metadata['tags'] = ['skip-execution']
+    ran.cells.insert(0, _hook_cell())
+    NotebookClient(ran, timeout=600, kernel_name='python3', store_widget_state=False, resources={'metadata': {'path': str(path.parent)}}).execute()
+    for cell, new in zip(nb.cells, ran.cells[1:]):
+        if cell.cell_type == 'code': cell.outputs = _tidy(new.outputs)
+    return nb
+
+
+def _text(data):
+    "What a reader sees of a stored or fresh output, without markup that versions of libraries differ in"
+    text = data if isinstance(data, str) else repr(data)
+    text = re.sub(r'<style.*?</style>|<[^>]+>', ' ', text, flags=re.S)
+    return ' '.join(re.sub(r' at 0x[0-9a-f]+', '', text).split())
+
+
+def _same(a, b):
+    "Are what two figures draw alike? Numbers may differ by rounding"
+    if isinstance(a, list) and isinstance(b, list): return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, (int, float)) and isinstance(b, (int, float)): return math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-6)
+    return a == b
+
+
+def _contents(cell):
+    "The outputs of a cell as (kind, content); the pixels of a figure are left out"
+    for o in cell.get('outputs', []):
+        if o.output_type == 'stream': yield o.name, _text(o.text)
+        for mime, data in sorted(o.get('data', {}).items()):
+            if mime.startswith('image/') and 'drawn' in o.metadata: yield 'figure', o.metadata['drawn']
+            else: yield mime, _text(data)
+
+
+def differences(stored, fresh):
+    "What is stored in a notebook but is not what its code gives, cell by cell"
+    for i, (old, new) in enumerate(zip(stored.cells, fresh.cells)):
+        a, b = list(_contents(old)), list(_contents(new))
+        if [k for k, _ in a] != [k for k, _ in b]: yield f'cell {i}: stored outputs are {[k for k, _ in a]}, the code gives {[k for k, _ in b]}'
+        else: yield from (f'cell {i}, {kind}:\n  stored {_first(x, y)}\n  now    {_first(y, x)}' for (kind, x), (_, y) in zip(a, b) if not _same(x, y))
+
+
+def _first(x, y):
+    "The part of `x` where it begins to differ from `y`"
+    if isinstance(x, str): 
+        n = len(os.path.commonprefix([x, y]))
+        return repr(x[max(0, n - 40):n + 60])
+    return next((a for a, b in zip(x, y) if not _same(a, b)), f'{len(x)} parts')
+
+
+def complaints(nb, path):
+    "What must not be stored: paths of this machine, and too much"
+    for i, cell in enumerate(nb.cells):
+        for kind, text in _contents(cell):
+            if kind != 'figure' and any(p in text for p in (str(ROOT), str(Path.home()) + '/', tempfile.gettempdir() + '/')):
+                yield f'cell {i}: its output has a path of this machine in it'
+    if (size := len(nbformat.writes(nb).encode())) > MAX_SIZE: yield f'{size:,} bytes with its outputs, wanted at most {MAX_SIZE:,}'
+
+
+def run(path, check):
+    "Check one notebook or store its outputs; what is wrong with it"
+    stored, fresh = nbformat.read(path, as_version=4), execute(path)
+    wrong = [*complaints(fresh, path), *(differences(stored, fresh) if check else ())]
+    if not check and not wrong:
+        from nbdev.clean import nbdev_clean
+        nbformat.write(fresh, path)
+        nbdev_clean(fname=str(path))
+    print(f'{path.name}: {"failed" if wrong else "as stored" if check else "stored"}', flush=True)
+    return [f'{path.name}, {w}' for w in wrong]
+
+
+def main(argv=None):
+    "The command line; the exit status is 1 if anything is wrong"
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument('--check', action='store_true', help='store nothing, fail if a stored output is not what the code gives')
+    p.add_argument('notebooks', nargs='*', type=Path, help='default: all in nbs/')
+    args = p.parse_args(argv)
+    os.environ.update(ENV)
+    with ThreadPoolExecutor(2) as pool:
+        wrong = sum(pool.map(lambda path: run(path.resolve(), args.check), args.notebooks or sorted((ROOT/'nbs').glob('[!._]*.ipynb'))), [])
+    print(*wrong, sep='\n', file=sys.stderr)
+    return int(bool(wrong))
+
+
+if __name__ == '__main__': sys.exit(main())
