@@ -1,73 +1,84 @@
-"""Builds the site, _docs/, and README.md from the notebooks: nbdev processes them, translate.py turns Quarto's flavour into MyST, Sphinx renders
+"""Builds the site in _docs/, and README.md: nbdev processes the notebooks, translate.py turns Quarto's flavour into MyST, Sphinx renders
 
     python docs/build.py             both
-    python docs/build.py --readme    README.md and its figures only
+    python docs/build.py --readme    only README.md and its figures
 """
-import argparse, base64, os, re, shutil, sys
+import os, re, shutil, sys
 from configparser import ConfigParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
 
 import nbformat
 from bs4 import BeautifulSoup
-from nbconvert import MarkdownExporter
-from nbformat.v4 import new_markdown_cell, output_from_msg
-from translate import front_matter, page_name, pop_options, translate
+from nbformat.v4 import new_markdown_cell
+from readme import write_readme
+from translate import Translator, front_matter, page_name
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def settings(root=ROOT):
+def settings():
     "settings.ini"
     config = ConfigParser(delimiters=['='], interpolation=None)
-    config.read(root/'settings.ini', encoding='utf-8')
+    config.read(ROOT/'settings.ini', encoding='utf-8')
     return config['DEFAULT']
 
 
 def pages(cfg, processed, out):
-    "Translate every processed notebook into a page for Sphinx; the first page links to the others in the order of the notebooks"
-    shutil.rmtree(out, ignore_errors=True)
+    "Translate every processed notebook into a page for Sphinx; the first page lists the others, in the order of the notebooks"
     out.mkdir(parents=True)
-    notebooks = {}
+    notebooks, translator = {}, Translator(cfg, ROOT/cfg['lib_path'])
     for path in sorted(processed.glob('*.ipynb')):
         nb = nbformat.read(path, as_version=4)
-        front = front_matter(nb)
-        notebooks[page_name(path, front)] = translate(nb, front, path, cfg)
+        notebooks[page_name(path, front_matter(nb))] = translator.notebook(nb, path)
     others = '\n'.join(name for name in notebooks if name != 'index')
     notebooks['index'].cells.append(new_markdown_cell(f'```{{toctree}}\n:hidden:\n\n{others}\n```'))
     for name, nb in notebooks.items(): nbformat.write(nb, out/f'{name}.ipynb')
 
 
+def _links(page, soup, ids, host):
+    "Links of a page that lead nowhere, or out of the site and back"
+    for url in {t['href'] for t in soup.find_all('a', href=True)}:
+        path, anchor = urldefrag(url)
+        target = page.parent/unquote(path) if path else page
+        if url.startswith(host): yield f'{url} should be a link within the site'
+        elif urlsplit(url).scheme: continue
+        elif not target.is_file(): yield f'{url} leads nowhere'
+        elif anchor and target in ids and anchor not in ids[target]: yield f'{url}: there is no such anchor'
+
+
 def problems(site, host):
-    "Duplicate anchors, links that lead nowhere, and everything that a page would fetch from elsewhere"
-    soups = {p: BeautifulSoup(p.read_text(encoding='utf-8'), 'lxml') for p in sorted(site.glob('*.html'))}
+    "Dead links, anchors that occur twice, images without a text, and whatever a page would fetch from elsewhere"
+    soups = {p: BeautifulSoup(p.read_text(encoding='utf-8'), 'html.parser') for p in sorted(site.glob('*.html'))}
     ids = {p: [t['id'] for t in soup.find_all(id=True)] for p, soup in soups.items()}
     for page, soup in soups.items():
-        yield from (f'{page.name}: anchor #{i} occurs twice' for i in set(ids[page]) if ids[page].count(i) > 1)
-        fetched = [t.get('src') or t.get('href') for t in soup.find_all(['script', 'img', 'iframe', 'link']) if t.get('rel') != ['canonical']]
-        yield from (f'{page.name}: fetches {url}' for url in fetched if url and urlsplit(url).netloc)
-        yield from (f'{page.name}: an image has no alt text' for t in soup.find_all('img') if not t.get('alt'))
-        for url in {t['href'] for t in soup.find_all('a', href=True)}:
-            path, anchor = urldefrag(url)
-            target = site/unquote(path) if path else page
-            if url.startswith(host): yield f'{page.name}: {url} should be a link within the site'
-            elif urlsplit(url).scheme: continue
-            elif not target.is_file(): yield f'{page.name}: {url} leads nowhere'
-            elif anchor and target in ids and anchor not in ids[target]: yield f'{page.name}: no anchor {url}'
-    for css in site.glob('_static/*.css'):
+        found = [*_links(page, soup, ids, host), *(f'anchor #{i} occurs twice' for i in set(ids[page]) if ids[page].count(i) > 1)]
+        found += ['an image has no alt text' for t in soup.find_all('img') if not t.get('alt')]
+        fetched = [t.get('src') or t.get('href') for t in soup.select('script, img, iframe, link:not([rel=canonical])')]
+        yield from (f'{page.name}: {f}' for f in [*found, *(f'fetches {url}' for url in fetched if url and urlsplit(url).netloc)])
+    for css in site.glob('_static/**/*.css'):
         yield from (f'{css.name}: fetches {url}' for url in re.findall(r'(?:@import|url\()\s*["\']?((?:https?:)?//[^"\')]+)', css.read_text()))
 
 
-def build_site(out=ROOT/'_docs'):
-    "Build the whole site into `out`; anything doubtful is an error"
+def build_site(out):
+    "Build the whole site anew; anything doubtful is an error. `out` is replaced only by a site without problems"
     from nbdev.serve import proc_nbs
     from sphinx.cmd.build import main as sphinx
-    os.chdir(ROOT)
+    cfg, processed = settings(), ROOT/'_proc'
     os.environ['CIFAR_NBDEV_DATA'] = 'shapes10'
-    cfg = settings()
-    proc_nbs(n_workers=2, force=True)
-    pages(cfg, ROOT/'_proc', ROOT/'_proc'/'pages')
+    shutil.rmtree(processed, ignore_errors=True)
+    proc_nbs(n_workers=2)
+    pages(cfg, processed, processed/'pages')
+    html = processed/'html'
+    if status := sphinx(['-W', '--keep-going', '-q', '-c', 'docs', '-d', str(processed/'doctrees'), str(processed/'pages'), str(html)]): sys.exit(status)
+    for path in (html/'_static'/'mathjax').iterdir():                   # 20 MB of other formats
+        if path.name != 'tex-svg.js': shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if found := list(problems(html, cfg['doc_host'])): sys.exit('\n'.join(found))
     shutil.rmtree(out, ignore_errors=True)
-    if status := sphinx(['-W', '--keep-going', '-q', '-c', 'docs', '-d', '_proc/doctrees', '_proc/pages', str(out)]): sys.exit(status)
-    found = list(problems(out, cfg['doc_host']))
-    if found: sys.exit('\n'.join(found))
+    html.rename(out)
+
+
+if __name__ == '__main__':
+    os.chdir(ROOT)
+    write_readme(ROOT)
+    if '--readme' not in sys.argv[1:]: build_site(ROOT/'_docs')

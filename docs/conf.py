@@ -12,6 +12,7 @@ extensions = ['myst_nb', 'sphinx_copybutton', 'sphinx-mathjax-offline']
 nb_execution_mode = 'off'
 nb_merge_streams = True
 nb_ipywidgets_js = {}                                   # its default loads from a CDN
+mathjax_path = 'mathjax/tex-svg.js'
 myst_enable_extensions = ['attrs_block', 'attrs_inline', 'colon_fence', 'dollarmath']
 myst_heading_anchors = 4
 myst_url_schemes = ['http', 'https', 'mailto']

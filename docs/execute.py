@@ -12,6 +12,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +27,7 @@ def hook(mime):
     import numpy as np
     from IPython import get_ipython
     from IPython.core.formatters import BaseFormatter
-    from traitlets import ObjectName, Unicode
+    from traitlets import Unicode
 
     def numbers(array):
         "Size, lowest, highest, mean, and a mean with growing weights, which depends on the order"
@@ -48,12 +49,12 @@ def hook(mime):
                                         if part is not None for n in numbers(part))])
         return found
 
-    class DrawnFormatter(BaseFormatter):
-        format_type, print_method, _return_type = Unicode(mime), ObjectName('_repr_drawn_'), list
+    class DrawnFormatter(BaseFormatter):                # not `for_type`: IPython forgets that when a figure format is chosen
+        format_type = Unicode(mime)
+        def __call__(self, obj):
+            if type(obj).__module__ == 'matplotlib.figure': return drawn(obj)
 
-    formatters = get_ipython().display_formatter.formatters
-    formatters[mime] = DrawnFormatter()
-    formatters[mime].for_type_by_name('matplotlib.figure', 'Figure', drawn)
+    get_ipython().display_formatter.formatters[mime] = DrawnFormatter()
 
 
 def _hook_cell():
@@ -78,7 +79,8 @@ def execute(path):
     for cell in ran.cells:
         if _SKIP.search(cell.source): cell.metadata['tags'] = ['skip-execution']
     ran.cells.insert(0, _hook_cell())
-    NotebookClient(ran, timeout=600, kernel_name='python3', store_widget_state=False, resources={'metadata': {'path': str(path.parent)}}).execute()
+    NotebookClient(ran, timeout=600, kernel_name='python3', store_widget_state=False, extra_arguments=['--log-level=ERROR'],
+                   resources={'metadata': {'path': str(path.parent)}}).execute()
     for cell, new in zip(nb.cells, ran.cells[1:]):
         if cell.cell_type == 'code': cell.outputs = _tidy(new.outputs)
     return nb
@@ -123,7 +125,7 @@ def _first(x, y):
     return next((a for a, b in zip(x, y) if not _same(a, b)), f'{len(x)} parts')
 
 
-def complaints(nb, path):
+def complaints(nb):
     "What must not be stored: paths of this machine, and too much"
     for i, cell in enumerate(nb.cells):
         for kind, text in _contents(cell):
@@ -134,8 +136,11 @@ def complaints(nb, path):
 
 def run(path, check):
     "Check one notebook or store its outputs; what is wrong with it"
-    stored, fresh = nbformat.read(path, as_version=4), execute(path)
-    wrong = [*complaints(fresh, path), *(differences(stored, fresh) if check else ())]
+    stored = nbformat.read(path, as_version=4)
+    try:
+        fresh = execute(path)
+        wrong = [*complaints(fresh), *(differences(stored, fresh) if check else ())]
+    except CellExecutionError as e: wrong = [f'a cell failed:\n{e}']
     if not check and not wrong:
         from nbdev.clean import nbdev_clean
         nbformat.write(fresh, path)
