@@ -12,7 +12,6 @@ extensions = ['myst_nb', 'sphinx_copybutton', 'sphinx-mathjax-offline']
 nb_execution_mode = 'off'
 nb_merge_streams = True
 nb_ipywidgets_js = {}                                   # its default loads from a CDN
-mathjax_path = 'mathjax/tex-svg.js'
 myst_enable_extensions = ['attrs_block', 'attrs_inline', 'colon_fence', 'dollarmath']
 myst_heading_anchors = 4
 myst_url_schemes = ['http', 'https', 'mailto']
@@ -34,3 +33,8 @@ html_theme_options = {
     'home_page_in_toc': True, 'show_toc_level': 2, 'navbar_persistent': [],
     'pygments_light_style': 'a11y-high-contrast-light', 'pygments_dark_style': 'a11y-high-contrast-dark',
 }
+
+
+def setup(app):
+    "Runs after the extension has chosen a format whose fonts are files of their own"
+    app.config.mathjax_path = 'mathjax/tex-svg.js'
