@@ -11,6 +11,7 @@ project_copyright, language = _cfg['copyright'], 'en'
 extensions = ['myst_nb', 'sphinx_copybutton', 'sphinx-mathjax-offline']
 nb_execution_mode = 'off'
 nb_merge_streams = True
+nb_render_markdown_format = 'myst'
 nb_ipywidgets_js = {}                                   # its default loads from a CDN
 myst_enable_extensions = ['attrs_block', 'attrs_inline', 'colon_fence', 'dollarmath']
 myst_heading_anchors = 4

@@ -327,6 +327,7 @@ def test_an_interrupt_keeps_what_is_finished(tmp_path, kill):
     save_npz(tmp_path/'data.npz', shapes10(1000, 100), name=NAME)
     args = '--data data.npz --lrs 0.005 0.01 0.0001 0.001 --epochs 8 --device cpu --workers 1'.split()
     process = subprocess.Popen([COMMAND, *args], cwd=tmp_path, env=clean_env(), start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),     # a shell's background jobs ignore it
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (finished := list((tmp_path/'report'/'runs').glob('[!.]*.json'))):
         assert process.poll() is None, process.stderr.read()
