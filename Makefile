@@ -30,7 +30,7 @@ docs: $(VENV)/.installed-doc
 	$(BIN)/python docs/build.py
 
 docs-check: $(VENV)/.installed-doc
-	$(BIN)/python docs/build.py --check
+	$(BIN)/python docs/execute.py --check
 
 docs-serve: docs
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _docs 8000

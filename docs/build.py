@@ -54,8 +54,10 @@ def problems(site, host):
     for page, soup in soups.items():
         found = [*_links(page, soup, ids, host), *(f'anchor #{i} occurs twice' for i in set(ids[page]) if ids[page].count(i) > 1)]
         found += ['an image has no alt text' for t in soup.find_all('img') if not t.get('alt')]
-        fetched = [t.get('src') or t.get('href') for t in soup.select('script, img, iframe, link:not([rel=canonical])')]
-        yield from (f'{page.name}: {f}' for f in [*found, *(f'fetches {url}' for url in fetched if url and urlsplit(url).netloc)])
+        fetched = {t.get('src') or t.get('href') for t in soup.select('script, img, iframe, link:not([rel=canonical])')} - {None, '#'}
+        found += [f'fetches {url}' for url in fetched if urlsplit(url).netloc]
+        found += [f'{url} is missing' for url in fetched if not urlsplit(url).netloc and not (page.parent/unquote(urlsplit(url).path)).is_file()]
+        yield from (f'{page.name}: {f}' for f in found)
     for css in site.glob('_static/**/*.css'):
         yield from (f'{css.name}: fetches {url}' for url in re.findall(r'(?:@import|url\()\s*["\']?((?:https?:)?//[^"\')]+)', css.read_text()))
 

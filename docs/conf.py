@@ -27,6 +27,8 @@ html_title = _cfg['title']
 html_baseurl = _cfg['doc_host'] + _cfg['doc_baseurl'] + '/'
 html_static_path = ['_static']
 html_css_files = ['custom.css']
+html_favicon = '_static/favicon.svg'
+html_context = {'default_mode': 'auto'}                 # light or dark, as the browser prefers
 html_copy_source = False
 html_theme_options = {
     'repository_url': _cfg['git_url'], 'repository_branch': _cfg['branch'], 'use_repository_button': True,

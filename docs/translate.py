@@ -4,6 +4,7 @@ from itertools import groupby
 from pathlib import Path
 
 import yaml
+from bs4 import BeautifulSoup
 from nbformat import NotebookNode
 from nbformat.v4 import new_markdown_cell
 
@@ -117,6 +118,8 @@ class Translator:
                  'remove-output': options.pop('output', True) is False}
         cell.metadata.update(tags=[tag for tag, on in shown.items() if on], mystnb=_figure(options))
         cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr' and WIDGET not in o.get('data', {})]
+        for o in cell.outputs:
+            if 'dataframe' in o.get('data', {}).get('text/html', ''): o.data['text/html'] = _table(o.data['text/html'])
         if unknown := options.keys() - _NO_EFFECT: raise ValueError(f'#| {", ".join(unknown)}: docs/translate.py does not know it, in\n{cell.source}')
         return cell
 
@@ -131,6 +134,20 @@ class Translator:
         nb.cells[0].source = re.sub(r'^# .*$', lambda m: f'{m[0]}\n\n{link}', nb.cells[0].source, count=1, flags=re.M)
         nb.metadata = NotebookNode(kernelspec=nb.metadata.kernelspec, myst={'html_meta': {'description': front.get('description', '')}})
         return nb
+
+
+def _table(html):
+    "A pandas table with one row of headings, columns of text to the left, and the name of its columns as caption"
+    table = BeautifulSoup(html, 'html.parser').table
+    head, body = table.thead.find_all('tr'), table.tbody.find_all('tr')
+    if len(head) == 2:                                  # the second row has nothing but the index's name
+        first, name = head[0].find('th'), head[1].extract().find('th')
+        if first.string: table.insert(0, BeautifulSoup(f'<caption>{first.string}</caption>', 'html.parser'))
+        first.string = name.string
+    for column in zip(*(row.find_all(['th', 'td']) for row in (head[0], *body))):
+        if not all(re.fullmatch(r'[-+−–\d.,%]*|NaN', c.get_text()) for c in column[1:]):
+            for c in column: c['class'] = 'text'
+    return str(table)
 
 
 def _callout(m):
