@@ -148,7 +148,7 @@ def paired(
     seeds = sorted(acc.get(a, {}).keys() & acc.get(b, {}).keys())
     return pd.Series({s: acc[a][s] - acc[b][s] for s in seeds}, name='points', dtype=float)
 
-# %% ../nbs/03_report.ipynb #736fabf5
+# %% ../nbs/03_report.ipynb #09d09afc
 TEXT_LRS = (0.01, 0.001, 0.005)                         # the learning rates in the report's text; those of its figures are in REPORT
 
 def verdict(
@@ -170,7 +170,7 @@ def _model_claims():
     table = summary(ImageClassifier(seed=0), torch.zeros(128, 3, 32, 32))
     side = (32 - 5 + 2*0) // 1 + 1
     for layer, column, claim, wanted in (
-            ('gate', 'output', '`mlp` is [128, 2] for a batch of 128', '[128, 2]'),
+            ('gate', 'output', 'mlp is [128, 2] for a batch of 128', '[128, 2]'),
             ('conv', 'output', f'two convolutions of 6 channels, with ((32 - 5 + 2*0) / 1) + 1 = {side} pixels a side', f'[128, 12, {side}, {side}]'),
             ('fc', 'input', f'the linear layer has {side}*{side}*6 = 4704 inputs', '[128, 4704]'), ('fc', 'output', 'ten classes out', '[128, 10]')):
         yield claim, table.loc[layer, column], table.loc[layer, column] == wanted
@@ -217,7 +217,7 @@ def claims(
         said, ends, d = ahead(c, (a, b)); row('0.0001 is the worst', said, _together([verdict(e, -np.inf, 0) for e in ends]), d)
     return pd.DataFrame(rows, columns=['the report says', 'measured', 'runs', 'verdict'])
 
-# %% ../nbs/03_report.ipynb #0e14eb10
+# %% ../nbs/03_report.ipynb #c5c030e1
 _CSS = """
 :root{color-scheme:light dark;--fg:#1d2329;--bg:#fff;--soft:#5b6670;--line:#d9dee3;--warn-bg:#fff1d6;--warn:#7a3b00}
 @media(prefers-color-scheme:dark){:root{--fg:#e4e8ec;--bg:#14181c;--soft:#a3adb7;--line:#3a434b;--warn-bg:#4a2d00;--warn:#ffd9a0}}
@@ -280,15 +280,18 @@ weight decay {config['weight_decay']}; {len(runs)} runs</p>{warn}
 def markdown(
     table: pd.DataFrame,  # What `accuracy_table` gives
 ) -> str:  # Lines of Markdown, padded so that they read well in a terminal too
-    "A table in Markdown, numbers to the right"
-    def text(key, v):
-        if not isinstance(v, float): return str(v)
-        return '-' if np.isnan(v) else f'{v:g}' if key in ('lr', 'momentum', 'weight decay') else f'{v:.2f}'
+    "A table in Markdown, its numbers aligned on the decimal point"
+    def texts(name, values):
+        if values.dtype.kind != 'f': return [f'{v:,}' if values.dtype.kind in 'iu' else str(v) for v in values]
+        exact = name in ('lr', 'momentum', 'weight decay')      # as many decimals as they need, the others 2
+        decimals = max(len(np.format_float_positional(v).partition('.')[2]) for v in values) if exact else 2
+        return ['-' if np.isnan(v) else f'{v:.{decimals}f}' for v in values]
     df = table.reset_index()
-    columns = [[str(k), *(text(k, v) for v in df[k])] for k in df]
+    columns = [[str(k), *texts(k, df[k])] for k in df]
+    pad = [str.ljust if df[k].dtype.kind not in 'fiu' else str.rjust for k in df]
     widths = [max(map(len, c)) for c in columns]
-    rows = [' | '.join(v.rjust(w) for v, w in zip(row, widths)) for row in zip(*columns)]
-    rows.insert(1, ' | '.join('-' * (w - 1) + ':' for w in widths))
+    rows = [' | '.join(p(v, w) for p, v, w in zip(pad, row, widths)) for row in zip(*columns)]
+    rows.insert(1, ' | '.join('-' * (w - 1) + ('-' if p is str.ljust else ':') for p, w in zip(pad, widths)))
     return ''.join(f'| {row} |\n' for row in rows)
 
 def _save_figures(runs, folder):
