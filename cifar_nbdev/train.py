@@ -7,9 +7,10 @@ __all__ = ['evaluate', 'pick_device', 'reference_arithmetic', 'keep_freed_memory
            'NonFiniteLossError', 'load_state', 'fit', 'weights_sha256', 'save_weights', 'load_weights', 'train_run',
            'run_name', 'save_run', 'load_run', 'load_runs', 'SweepError', 'check_sweep', 'sweep']
 
-# %% ../nbs/02_train.ipynb #b73b8f22
+# %% ../nbs/02_train.ipynb #8682ba5c
 import ctypes, hashlib, json, math, os, platform, re, tempfile, threading, time
-from contextlib import contextmanager
+from concurrent.futures import BrokenExecutor, Executor
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .data import DataLoaders, ImageData, dataloaders, progress_bar, whole_file
+from .fused import fit_fused
 from .model import ImageClassifier
 
 # %% ../nbs/02_train.ipynb #f1ed6261
@@ -224,7 +226,7 @@ def fit(
         except KeyboardInterrupt: history.interrupted = True
     return history
 
-# %% ../nbs/02_train.ipynb #508646e2
+# %% ../nbs/02_train.ipynb #511ad280
 def weights_sha256(
     model: nn.Module,  # Any model
 ) -> str:  # 64 hex digits
@@ -235,11 +237,12 @@ def weights_sha256(
     return h.hexdigest()
 
 def save_weights(
-    model: nn.Module,  # Any model
+    model: nn.Module | dict,  # Any model, or its state
     path: str | Path,  # Ends in .safetensors
 ):
     "Save a model's weights, whole or not at all"
-    with whole_file(path) as tmp: save_file({k: v.cpu().contiguous() for k, v in model.state_dict().items()}, tmp)
+    state = model if isinstance(model, dict) else model.state_dict()
+    with whole_file(path) as tmp: save_file({k: v.cpu().contiguous() for k, v in state.items()}, tmp)
 
 def load_weights(
     model: nn.Module,  # Gets the weights
@@ -253,7 +256,7 @@ def load_weights(
     load_state(model, state, path)
     return model
 
-# %% ../nbs/02_train.ipynb #5489a71b
+# %% ../nbs/02_train.ipynb #e013f477
 def _environment(device):
     "What a run ran on"
     from torch.backends import cpu
@@ -267,6 +270,11 @@ def _peak_memory():
     "Most memory this process ever held, in MB; None where there is no /proc"
     try: return int(re.search(r'VmHWM:\s*(\d+) kB', Path('/proc/self/status').read_text())[1]) // 1000
     except OSError: return None             # getrusage would answer too, but counts the parent process in
+
+def _record(config, data, env, epochs, seconds, model):
+    "A finished training as a run"
+    return dict(config=config, data=dict(name=data.name, sha256=data.sha256, n_train=len(data.x_train), n_test=len(data.x_test)),
+                env=env, epochs=epochs, wall_seconds=round(seconds, 2), peak_memory_mb=_peak_memory(), weights_sha256=weights_sha256(model))
 
 def train_run(
     data: ImageData,  # What to train and test on
@@ -291,11 +299,8 @@ def train_run(
                   device=device, progress=progress, checkpoint=checkpoint, callbacks=callbacks)
     if history.interrupted: raise KeyboardInterrupt
     seconds = time.perf_counter() - start + sum(e['seconds'] for e in history.epochs[:history.resumed])
-    return dict(
-        config=dict(lr=lr, momentum=momentum, weight_decay=weight_decay, epochs=epochs, bs=bs, seed=seed, reading=reading),
-        data=dict(name=data.name, sha256=data.sha256, n_train=len(data.x_train), n_test=len(data.x_test)),
-        env=_environment(device), epochs=history.epochs, wall_seconds=round(seconds, 2),
-        peak_memory_mb=_peak_memory(), weights_sha256=weights_sha256(model)), model
+    config = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, epochs=epochs, bs=bs, seed=seed, reading=reading)
+    return _record(config, data, _environment(device), history.epochs, seconds, model), model
 
 def run_name(
     config: dict,  # A run's settings
@@ -308,7 +313,7 @@ def run_name(
 def save_run(
     run: dict,  # What `train_run` gives
     folder: str | Path,  # Made if need be
-    model: nn.Module | None = None,  # With it, its weights are saved as safetensors beside
+    model: nn.Module | dict | None = None,  # With it (or its state), its weights are saved as safetensors beside
 ) -> Path:  # The JSON file
     "Save a run as JSON; the file is there only when everything is"
     name = run_name(run['config'], run['data']['sha256'])
@@ -338,7 +343,7 @@ def load_runs(
     runs = [r for r in runs if all(r['config'].get(k) == v for k, v in config.items())]
     return sorted(runs, key=lambda r: (r['config']['reading'], r['config']['lr'], r['config']['seed']))
 
-# %% ../nbs/02_train.ipynb #db241915
+# %% ../nbs/02_train.ipynb #eb3d283c
 class SweepError(RuntimeError):
     "Some runs of a sweep failed; `runs` has those that did not, and `errors` says by name what happened"
     def __init__(self, errors, runs):
@@ -347,38 +352,95 @@ class SweepError(RuntimeError):
         self.errors, self.runs = errors, runs
 
 _ARRAYS = ('x_train', 'y_train', 'x_test', 'y_test')
-_worker = {}                                            # what this process trains on
+_mapped = {}                                            # in a worker process: the data that it trains on
 
-def _share(data, folder):
-    "Write the images where other processes can map them"
+def _share(data, folder, executor):
+    "Put the images where other processes can get them: with Dask in each worker's memory, else in files that they can map"
+    if client := getattr(executor, '_client', None): return client.scatter(data, broadcast=True)
     for k in _ARRAYS: np.save(f'{folder}/{k}.npy', getattr(data, k).numpy())
+    return str(folder), data.classes, data.name, data.sha256
 
-def _start_worker(folder, classes, name, sha256):
-    "Runs first in each new process: one thread, and the images mapped, not copied"
+def _images(shared):
+    "What `_share` gave, as data; files are mapped once in each process, not copied"
+    if isinstance(shared, ImageData): return shared
+    folder, classes, name, sha256 = shared
+    if _mapped.get('folder') != folder:
+        arrays = (torch.from_numpy(np.load(f'{folder}/{k}.npy', mmap_mode='c')) for k in _ARRAYS)
+        _mapped.update(folder=folder, data=ImageData(*arrays, classes, name, sha256))
+    return _mapped['data']
+
+def _work(config, shared, device, out, scratch, name):
+    "Do one run in a worker process, save it, and leave a byte per epoch where the sweep can see it; the run, and its weights if they are not saved"
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())                    # its own lock is a semaphore, which a killed process would leave behind
-    arrays = (torch.from_numpy(np.load(f'{folder}/{k}.npy', mmap_mode='c')) for k in _ARRAYS)
-    _worker['data'] = ImageData(*arrays, classes, name, sha256)
-
-def _work(config, device, out, scratch, name):
-    "Do one run in a worker process and save it; leave a byte per epoch where the sweep can see it"
+    here = bool(out) and Path(out).is_dir()             # a machine that does not share our disk sends its weights home
     def tick(model, history):
-        with open(f'{scratch}/{name}.epochs', 'w') as f: f.write('.' * len(history))
-    checkpoint = Path(out)/f'{name}.ckpt' if out else None
-    run, model = train_run(_worker['data'], **config, device=device, progress=False, checkpoint=checkpoint, callbacks=[tick])
-    if out:
+        if Path(scratch).is_dir(): Path(scratch, f'{name}.epochs').write_text('.' * len(history))
+    checkpoint = Path(out)/f'{name}.ckpt' if here else None
+    run, model = train_run(_images(shared), **config, device=device, progress=False, checkpoint=checkpoint, callbacks=[tick])
+    if here:
         save_run(run, out, model)
         checkpoint.unlink(missing_ok=True)
-    return run
+    return run, None if here else model.state_dict()
 
-def _follow(futures, bar, scratch):
-    "Move the bar by epochs until all runs have ended"
-    while True:
-        ended = all(f.done() for f in futures)
-        bar.n = sum(p.stat().st_size for p in Path(scratch).glob('*.epochs'))
+def _ended(futures, bar, scratch, epochs):
+    "Names and futures of runs as they end; meanwhile the bar moves by epochs"
+    pending = dict(futures)
+    while pending:
+        for name in [n for n, f in pending.items() if f.done()]: yield name, pending.pop(name)
+        seen = sum(p.stat().st_size for p in Path(scratch).glob('*.epochs'))
+        bar.n = max(seen, bar.total - epochs * len(pending))                    # a machine that does not share our disk is not seen
         bar.refresh()
-        if ended: return
-        time.sleep(.2)
+        if pending: time.sleep(.2)
+
+@contextmanager
+def _processes(slots):
+    "Processes of one thread each; killed when something goes wrong here, so that nobody waits for runs that nobody wants"
+    executor = loky.ProcessPoolExecutor(slots, env={'OMP_NUM_THREADS': '1'})
+    try: yield executor
+    except BaseException:
+        executor.shutdown(kill_workers=True)
+        raise
+    executor.shutdown()
+
+def _spread(data, missing, device, workers, out, executor, bar):
+    "Do runs in other processes: name -> run, or the error that it ended with"
+    from cifar_nbdev.train import _work                 # by module name: other processes cannot see a notebook's cells
+    results, left, epochs = {}, missing, next(iter(missing.values()))['epochs']
+    slots = min(workers or (loky.cpu_count() if device.type == 'cpu' else 1), len(missing))
+    with tempfile.TemporaryDirectory() as scratch:
+        shared = _share(data, scratch, executor)
+        for attempt in range(3):
+            with nullcontext(executor) if executor else _processes(slots) as pool:
+                futures = {name: pool.submit(_work, c, shared, str(device), out and str(Path(out).resolve()), scratch, name) for name, c in left.items()}
+                try:
+                    for name, f in _ended(futures, bar, scratch, epochs):
+                        results[name], weights = (f.exception(), None) if f.exception() else f.result()
+                        if out and not f.exception() and not (Path(out)/f'{name}.json').exists(): save_run(results[name], out, weights)
+                finally:
+                    for f in futures.values(): f.cancel()                       # after an interrupt; the others have ended
+            left = {name: c for name, c in left.items() if isinstance(results[name], BrokenExecutor)}      # a process was killed
+            if executor or not left: break
+    return results
+
+def _fuse(data, missing, device, out, bar):
+    "Do all runs of a seed in one pass: name -> run, or the error that it ended with"
+    results = {}
+    for seed in dict.fromkeys(c['seed'] for c in missing.values()):
+        group, start = {name: c for name, c in missing.items() if c['seed'] == seed}, time.perf_counter()
+        c = next(iter(group.values()))                  # runs of a sweep differ in learning rate and seed only
+        models = [ImageClassifier(classes=len(data.classes), reading=c['reading'], seed=seed) for _ in group]
+        with reference_arithmetic():
+            histories = fit_fused(models, data, [c['lr'] for c in group.values()], epochs=c['epochs'], bs=c['bs'], momentum=c['momentum'],
+                                  weight_decay=c['weight_decay'], seed=seed, device=device, callback=lambda epoch: bar.update(len(group)))
+        env, seconds = _environment(device) | {'fused': len(group)}, (time.perf_counter() - start) / len(group)
+        for (name, config), model, epochs in zip(group.items(), models, histories):
+            bad = next((e['epoch'] for e in epochs if not math.isfinite(e['train_loss'] + e['test_loss'])), None)
+            if bad: results[name] = NonFiniteLossError(f"the loss is not finite in epoch {bad}, with lr {config['lr']:g}. Try a smaller learning rate")
+            else:
+                results[name] = _record(config, data, env, epochs, seconds, model)
+                if out: save_run(results[name], out, model)
+    return results
 
 def check_sweep(
     lrs,  # Learning rates
@@ -412,32 +474,20 @@ def sweep(
     workers: int | None = None,  # Runs at a time; None: one per core
     out: str | Path | None = None,  # Folder for the runs' JSON and weights; runs found there are not done again
     progress: bool = True,  # Show a bar over the epochs of all runs
+    executor: Executor | None = None,  # Where runs are done; None: in processes of this machine, on CUDA all runs of a seed in one fused pass
 ) -> list:  # Runs, for each learning rate those of each seed
     "Train a model for each learning rate and seed"
     configs = check_sweep(lrs, seeds, device, workers, momentum=momentum, weight_decay=weight_decay, epochs=epochs, bs=bs, reading=reading)
     device = pick_device(device)
-    todo, runs, errors = {run_name(c, data.sha256): c for c in configs}, {}, {}
+    todo, runs = {run_name(c, data.sha256): c for c in configs}, {}
     for name in todo:
         if out and (file := Path(out)/f'{name}.json').exists(): runs[name] = load_run(file)
-    missing = {name: c for name, c in todo.items() if name not in runs}
-    slots = min(workers or (loky.cpu_count() if device.type == 'cpu' else 1), max(len(missing), 1))
-    if missing:
-        from cifar_nbdev.train import _start_worker, _work      # by module name: other processes cannot see a notebook's cells
+    if missing := {name: c for name, c in todo.items() if name not in runs}:
         if out: Path(out).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as scratch, progress_bar(progress, total=len(missing)*epochs, unit='epoch', desc=f'{len(missing)} runs') as bar:
-            _share(data, scratch)
-            executor = loky.ProcessPoolExecutor(slots, initializer=_start_worker, env={'OMP_NUM_THREADS': '1'},
-                                                initargs=(scratch, data.classes, data.name, data.sha256))
-            try:
-                futures = {name: executor.submit(_work, c, str(device), out and str(out), scratch, name) for name, c in missing.items()}
-                _follow(futures.values(), bar, scratch)
-            except BaseException:                       # an interrupt: do not wait for runs that nobody wants
-                executor.shutdown(kill_workers=True)
-                raise
-            executor.shutdown()
-            for name, f in futures.items():
-                if f.exception(): errors[name] = f.exception()
-                else: runs[name] = f.result()
+        with progress_bar(progress, total=len(missing)*epochs, unit='epoch', desc=f'{len(missing)} runs') as bar:
+            if device.type == 'cuda' and executor is None: runs |= _fuse(data, missing, device, out, bar)
+            else: runs |= _spread(data, missing, device, workers, out, executor, bar)
+    errors = {name: runs.pop(name) for name in todo if isinstance(runs[name], Exception)}
     done = [runs[name] for name in todo if name in runs]
     if errors: raise SweepError(errors, done)
     return done
