@@ -23,7 +23,7 @@ setup(
     packages=[cfg['lib_name']],
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
-    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'doc', 'cluster')},
+    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'doc', 'cluster', 'peers')},
     entry_points={'console_scripts': cfg['console_scripts'].split(),
                   'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
     classifiers=['Intended Audience :: Education', 'Programming Language :: Python :: 3', 'Framework :: Jupyter'],

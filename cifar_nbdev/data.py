@@ -324,7 +324,7 @@ class Shuffle(Sampler):
         return torch.randperm(self.n, generator=self.generator)
     def __iter__(self): return iter(self.order().tolist())
 
-# %% ../nbs/00_data.ipynb #46ce8142
+# %% ../nbs/00_data.ipynb #3162350c
 class BatchLoader:
     "Batches cut straight from uint8 tensors in memory"
     def __init__(self,
@@ -340,7 +340,7 @@ class BatchLoader:
     def __iter__(self):
         order = self.sampler.order() if self.sampler else torch.arange(len(self.x))
         for i in order.split(self.bs):
-            yield self.x[i].float().div_(255), self.y[i]        # (B, 3, 32, 32) in [0, 1], (B,)
+            yield self.x.index_select(0, i) / 255, self.y[i]    # (B, 3, 32, 32) in [0, 1], (B,); three times as fast as x[i]
 
 class DataLoaders(NamedTuple):
     "A loader of training batches and one of test batches"

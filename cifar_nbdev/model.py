@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-# %% ../nbs/01_model.ipynb #29b99970
+# %% ../nbs/01_model.ipynb #16bcbe34
 READINGS = ('gate', 'mix-first', 'two heads', 'no gate', 'flat gate', 'softmax gate', 'sigmoid gate', 'relu gate')
 _SQUASH = {'softmax gate': lambda a: a.softmax(1), 'sigmoid gate': torch.sigmoid, 'relu gate': F.relu}
 
@@ -62,12 +62,14 @@ class ImageClassifier(nn.Module):
         "Logits of a batch of images"
         self._check(x)
         a = self.gates(x)                                                  # (B, K)
-        c = self.conv(x).unflatten(1, (self.branches, -1)).flatten(2)      # (B, K, C*H*W)
+        c = self.conv(x)
+        if self.reading not in ('mix-first', 'two heads'): c = F.relu_(c)  # in place: nobody needs what was there
+        c = c.unflatten(1, (self.branches, -1)).flatten(2)                 # (B, K, C*H*W)
         if self.reading == 'two heads':
             c = F.relu(a[:, :, None] * c)
             return sum(fc(c[:, k]) for k, fc in enumerate(self.fc))
         if self.reading == 'mix-first': return self.fc(F.relu(_weighted_sum(a, c)))
-        return self.fc(_weighted_sum(a, F.relu(c)))
+        return self.fc(_weighted_sum(a, c))
 
     def _check(self, x):
         if x.ndim != 4 or x.shape[1:] != (3, 32, 32):

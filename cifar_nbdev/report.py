@@ -217,7 +217,7 @@ def claims(
         said, ends, d = ahead(c, (a, b)); row('0.0001 is the worst', said, _together([verdict(e, -np.inf, 0) for e in ends]), d)
     return pd.DataFrame(rows, columns=['the report says', 'measured', 'runs', 'verdict'])
 
-# %% ../nbs/03_report.ipynb #c5c030e1
+# %% ../nbs/03_report.ipynb #478b4834
 _CSS = """
 :root{color-scheme:light dark;--fg:#1d2329;--bg:#fff;--soft:#5b6670;--line:#d9dee3;--warn-bg:#fff1d6;--warn:#7a3b00}
 @media(prefers-color-scheme:dark){:root{--fg:#e4e8ec;--bg:#14181c;--soft:#a3adb7;--line:#3a434b;--warn-bg:#4a2d00;--warn:#ffd9a0}}
@@ -326,7 +326,7 @@ def reproduce(
     seeds=(0,),  # Each learning rate is run with each of them
     out: str | Path = 'report',  # Folder for everything that is written
     device: str | None = None,  # 'cpu', 'cuda', 'mps'; None: the best one here
-    workers: int | None = None,  # Runs at a time; None: one per core
+    workers: int | None = None,  # Runs at a time; None: as for `sweep`
     progress: bool = True,  # Show a bar
 ) -> Path:  # The page, index.html
     "Train a model for each learning rate and seed, and write figures, table and page"
@@ -346,7 +346,7 @@ def reproduce(
     with whole_file(out/'index.html') as tmp: tmp.write_text(_page(runs, figures, took), encoding='utf-8')
     return out/'index.html'
 
-# %% ../nbs/03_report.ipynb #0d8ed9af
+# %% ../nbs/03_report.ipynb #d4d87750
 class _Parser(argparse.ArgumentParser):
     "An argument parser whose errors are one line"
     def error(self, message): self.exit(2, f'{self.prog}: {message} (see {self.prog} --help)\n')
@@ -368,7 +368,7 @@ def cifar_report(
     p.add_argument('--seeds', type=_numbers(int), nargs='+', default=[[0]], help='seeds for each learning rate (default: 0)')
     p.add_argument('--out', default='report', help='folder to write to (default: report)')
     p.add_argument('--device', help='cpu, cuda or mps (default: the best one here)')
-    p.add_argument('--workers', type=int, help='runs at a time (default: one per core)')
+    p.add_argument('--workers', type=int, help='runs at a time (default: one per core, a few more where that is faster)')
     args = vars(p.parse_args(argv))
     lrs, seeds = sum(args.pop('lrs'), []), sum(args.pop('seeds'), [])
     matplotlib.use('agg')

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['evaluate', 'pick_device', 'reference_arithmetic', 'keep_freed_memory', 'History', 'check_settings',
-           'NonFiniteLossError', 'load_state', 'fit', 'weights_sha256', 'save_weights', 'load_weights', 'train_run',
-           'run_name', 'save_run', 'load_run', 'load_runs', 'SweepError', 'check_sweep', 'sweep']
+           'NonFiniteLossError', 'load_state', 'fit', 'weights_sha256', 'save_weights', 'load_weights', 'environment',
+           'peak_memory', 'train_run', 'run_name', 'save_run', 'load_run', 'load_runs', 'SweepError', 'check_sweep',
+           'sweep']
 
 # %% ../nbs/02_train.ipynb #8682ba5c
 import ctypes, hashlib, json, math, os, platform, re, tempfile, threading, time
@@ -256,9 +257,11 @@ def load_weights(
     load_state(model, state, path)
     return model
 
-# %% ../nbs/02_train.ipynb #e013f477
-def _environment(device):
-    "What a run ran on"
+# %% ../nbs/02_train.ipynb #120c064b
+def environment(
+    device: torch.device,  # Where it computes
+) -> dict:  # python, torch, torchvision, numpy, platform, device, cpu (its vector instructions), threads
+    "Versions and machine, as a run's JSON has them"
     from torch.backends import cpu
     try: torchvision = version('torchvision')
     except PackageNotFoundError: torchvision = None
@@ -266,15 +269,15 @@ def _environment(device):
                 platform=platform.platform(), device=torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,
                 cpu=cpu.get_cpu_capability(), threads=torch.get_num_threads())
 
-def _peak_memory():
-    "Most memory this process ever held, in MB; None where there is no /proc"
+def peak_memory() -> int | None:  # MB; None where there is no /proc
+    "Most memory that this process ever held"
     try: return int(re.search(r'VmHWM:\s*(\d+) kB', Path('/proc/self/status').read_text())[1]) // 1000
     except OSError: return None             # getrusage would answer too, but counts the parent process in
 
 def _record(config, data, env, epochs, seconds, model):
     "A finished training as a run"
     return dict(config=config, data=dict(name=data.name, sha256=data.sha256, n_train=len(data.x_train), n_test=len(data.x_test)),
-                env=env, epochs=epochs, wall_seconds=round(seconds, 2), peak_memory_mb=_peak_memory(), weights_sha256=weights_sha256(model))
+                env=env, epochs=epochs, wall_seconds=round(seconds, 2), peak_memory_mb=peak_memory(), weights_sha256=weights_sha256(model))
 
 def train_run(
     data: ImageData,  # What to train and test on
@@ -300,7 +303,7 @@ def train_run(
     if history.interrupted: raise KeyboardInterrupt
     seconds = time.perf_counter() - start + sum(e['seconds'] for e in history.epochs[:history.resumed])
     config = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, epochs=epochs, bs=bs, seed=seed, reading=reading)
-    return _record(config, data, _environment(device), history.epochs, seconds, model), model
+    return _record(config, data, environment(device), history.epochs, seconds, model), model
 
 def run_name(
     config: dict,  # A run's settings
@@ -343,7 +346,7 @@ def load_runs(
     runs = [r for r in runs if all(r['config'].get(k) == v for k, v in config.items())]
     return sorted(runs, key=lambda r: (r['config']['reading'], r['config']['lr'], r['config']['seed']))
 
-# %% ../nbs/02_train.ipynb #eb3d283c
+# %% ../nbs/02_train.ipynb #b3d2546b
 class SweepError(RuntimeError):
     "Some runs of a sweep failed; `runs` has those that did not, and `errors` says by name what happened"
     def __init__(self, errors, runs):
@@ -407,7 +410,8 @@ def _spread(data, missing, device, workers, out, executor, bar):
     "Do runs in other processes: name -> run, or the error that it ended with"
     from cifar_nbdev.train import _work                 # by module name: other processes cannot see a notebook's cells
     results, left, epochs = {}, missing, next(iter(missing.values()))['epochs']
-    slots = min(workers or (loky.cpu_count() if device.type == 'cpu' else 1), len(missing))
+    cores = loky.cpu_count() if device.type == 'cpu' else 1
+    slots = workers or (cores if len(missing) >= 2*cores else len(missing))     # three runs on two cores: better all at once than one alone at the end
     with tempfile.TemporaryDirectory() as scratch:
         shared = _share(data, scratch, executor)
         for attempt in range(3):
@@ -433,7 +437,7 @@ def _fuse(data, missing, device, out, bar):
         with reference_arithmetic():
             histories = fit_fused(models, data, [c['lr'] for c in group.values()], epochs=c['epochs'], bs=c['bs'], momentum=c['momentum'],
                                   weight_decay=c['weight_decay'], seed=seed, device=device, callback=lambda epoch: bar.update(len(group)))
-        env, seconds = _environment(device) | {'fused': len(group)}, (time.perf_counter() - start) / len(group)
+        env, seconds = environment(device) | {'fused': len(group)}, (time.perf_counter() - start) / len(group)
         for (name, config), model, epochs in zip(group.items(), models, histories):
             bad = next((e['epoch'] for e in epochs if not math.isfinite(e['train_loss'] + e['test_loss'])), None)
             if bad: results[name] = NonFiniteLossError(f"the loss is not finite in epoch {bad}, with lr {config['lr']:g}. Try a smaller learning rate")
@@ -471,7 +475,7 @@ def sweep(
     weight_decay: float = 5e-4,  # Of SGD
     reading: str = 'gate',  # Of the model, see `ImageClassifier`
     device: str | torch.device | None = None,  # None: the best one here
-    workers: int | None = None,  # Runs at a time; None: one per core
+    workers: int | None = None,  # Runs at a time; None: one per core, or all where they are fewer than twice that
     out: str | Path | None = None,  # Folder for the runs' JSON and weights; runs found there are not done again
     progress: bool = True,  # Show a bar over the epochs of all runs
     executor: Executor | None = None,  # Where runs are done; None: in processes of this machine, on CUDA all runs of a seed in one fused pass
