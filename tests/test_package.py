@@ -13,8 +13,8 @@ from cifar_nbdev.model import ImageClassifier
 from cifar_nbdev.train import evaluate, fit, save_run, sweep, train_run
 from conftest import ROOT, python
 
-MODULES = [p.stem.split('_', 1)[1] for p in sorted((ROOT/'nbs').glob('[0-9]*_*.ipynb'))
-           if (ROOT/'cifar_nbdev'/f"{p.stem.split('_', 1)[1]}.py").exists()]
+MODULES = [m for p in sorted((ROOT/'nbs').glob('[0-9]*_*.ipynb')) for m in re.findall(r'#\| default_exp (\w+)', p.read_text(encoding='utf-8'))]
+EXTRAS = ['dev', 'doc', 'cluster', 'peers']
 
 
 def settings():
@@ -31,7 +31,7 @@ def tree(module):
 
 def test_every_module_comes_from_a_notebook():
     modules = {p.stem for p in (ROOT/'cifar_nbdev').glob('[!_]*.py')}
-    assert modules == set(MODULES) and MODULES[:4] == ['data', 'model', 'train', 'report']
+    assert modules == set(MODULES) and [m for m in MODULES if m != 'fused'][:5] == ['data', 'model', 'train', 'report', 'explore']
 
 
 def test_setup_takes_everything_from_settings(monkeypatch):
@@ -41,8 +41,8 @@ def test_setup_takes_everything_from_settings(monkeypatch):
     runpy.run_path('setup.py')
     assert (got['name'], got['version'], got['python_requires']) == (cfg['lib_name'], cfg['version'], '>=' + cfg['min_python'])
     assert got['install_requires'] == cfg['requirements'].split()
-    assert got['extras_require'] == {'dev': cfg['dev_requirements'].split(), 'doc': cfg['doc_requirements'].split()}
-    assert cfg['console_scripts'] in got['entry_points']['console_scripts']
+    assert got['extras_require'] == {e: cfg[f'{e}_requirements'].split() for e in EXTRAS}
+    assert got['entry_points']['console_scripts'] == cfg['console_scripts'].split()
     assert 'version' not in (ROOT/'pyproject.toml').read_text(encoding='utf-8')
 
 
@@ -51,7 +51,7 @@ def test_what_is_installed_agrees_with_settings():
     assert metadata.version('cifar_nbdev') == cfg['version'] == import_module('cifar_nbdev').__version__
     def norm(r): return re.sub(r'\s', '', r).lower().replace('_', '-')
     have = {norm(r.split(';')[0]) for r in metadata.requires('cifar_nbdev')}
-    assert have == {norm(r) for k in ('requirements', 'dev_requirements', 'doc_requirements') for r in cfg[k].split()}, \
+    assert have == {norm(r) for k in ['requirements', *(f'{e}_requirements' for e in EXTRAS)] for r in cfg[k].split()}, \
         'settings.ini has changed since the package was installed: make test installs it again'
     scripts = {f'{e.name}={e.value}' for e in metadata.distribution('cifar_nbdev').entry_points if e.group == 'console_scripts'}
     assert scripts == set(cfg['console_scripts'].split())
