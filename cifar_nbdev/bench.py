@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WAYS', 'PEERS', 'TwoConvolutions', 'plain_loop', 'floor', 'bench', 'cifar_bench', 'ratios', 'bars', 'growth']
 
-# %% ../nbs/05_speed.ipynb #c1bafbf4
+# %% ../nbs/05_speed.ipynb #1e2febbf
 import argparse, json, math, os, statistics, subprocess, sys, tempfile, time
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import nn
 
 from .data import DataLoaders, ImageData, dataloaders, load_data, progress_bar, whole_file
 from .model import ImageClassifier
-from .report import COLORS, STYLE
+from .report import COLORS, figure_style
 from .train import environment, fit, peak_memory, sweep
 
 # %% ../nbs/05_speed.ipynb #c1c0fe2b
@@ -279,13 +279,13 @@ def ratios(
     seconds = pd.Series({w: statistics.median(t) for w, t in result['seconds'].items()})
     return pd.DataFrame({'seconds': seconds, 'times fit': seconds / seconds['fit'], 'memory (MB)': pd.Series(result['memory_mb'])})
 
-# %% ../nbs/05_speed.ipynb #5cd69166
+# %% ../nbs/05_speed.ipynb #9ff60472
 def bars(
     result: dict,  # What `bench` gives
 ) -> plt.Figure:  # A bar for each way, a dot for each turn, a line for the floor
     "Draw the time of an epoch, each way beside the others"
     table = ratios(result).sort_values('seconds')
-    with plt.rc_context(STYLE):
+    with figure_style():
         fig, ax = plt.subplots(figsize=(7.5, .42*len(table) + 1.1), layout='constrained')
         ax.barh(table.index, table['seconds'], color=[COLORS[.005] if w in WAYS else '#8a8a8a' for w in table.index], height=.65)
         for i, (way, row) in enumerate(table.iterrows()):
@@ -297,14 +297,13 @@ def bars(
         ax.set(xlabel='seconds for an epoch, training and test pass', xlim=(0, table['seconds'].max() * 1.25))
         ax.tick_params(axis='y', length=0)
         ax.set_title(f"{result['data']['name']}, {result['data']['n_train']:,} training images, {result['env']['threads']} threads", fontsize='small')
-    plt.close(fig)
     return fig
 
 def growth(
     result: dict,  # What `bench` gives
 ) -> plt.Figure:  # Seconds of an epoch by images, seconds of a sweep by runs, each with a straight line
     "Draw how time grows with work"
-    with plt.rc_context(STYLE):
+    with figure_style():
         fig, axes = plt.subplots(1, 2, figsize=(7.5, 2.8), layout='constrained')
         for ax, part, label, unit in zip(axes, ('images', 'runs'), ('training images', 'runs of one epoch'), ('an epoch of fit', 'a sweep')):
             x, y = np.array(result[part]).T
@@ -313,5 +312,4 @@ def growth(
             ax.plot([0, x.max()], [start, start + slope * x.max()], color='black', lw=1, label='straight line, least squares')
             ax.set(xlabel=label, ylabel=f'seconds of {unit}', ylim=(0, None), xlim=(0, None))
             ax.legend(frameon=False, fontsize='small')
-    plt.close(fig)
     return fig

@@ -6,7 +6,7 @@
 __all__ = ['readings_table', 'predict', 'confusion', 'class_accuracies', 'gates_by_class', 'most_wrong', 'draw_kernels',
            'mixed_kernels']
 
-# %% ../nbs/04_explore.ipynb #be8481d8
+# %% ../nbs/04_explore.ipynb #77ba026e
 import json
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from torch import nn
 
 from .data import ImageData
 from .model import READINGS, ImageClassifier
-from .report import COLORS, REPORT, STYLE, by_lr, prediction_interval
+from .report import COLORS, REPORT, by_lr, figure_style, prediction_interval
 
 # %% ../nbs/04_explore.ipynb #f771d78a
 def readings_table(
@@ -93,7 +93,7 @@ def most_wrong(
     return pd.DataFrame({'image': worst.tolist(), 'true': [classes[i] for i in y[worst]], 'predicted': [classes[i] for i in said[worst]],
                          'probability': p[worst].tolist()}).set_index('image')
 
-# %% ../nbs/04_explore.ipynb #b341aa85
+# %% ../nbs/04_explore.ipynb #77c41110
 def draw_kernels(
     w: torch.Tensor,  # Kernels (rows, columns, 3, k, k)
     labels: list,  # One for each row
@@ -101,7 +101,7 @@ def draw_kernels(
     "Convolution kernels as coloured tiles, all on one scale"
     (rows, columns), w = w.shape[:2], w.detach().cpu()
     tiles = .5 + w.permute(0, 1, 3, 4, 2) / (2 * w.abs().max())
-    with plt.rc_context(STYLE | {'axes.grid': False}):
+    with figure_style(**{'axes.grid': False}):
         fig, axs = plt.subplots(rows, columns, figsize=(1.25 * columns, 1.3 * rows), squeeze=False)
         for i, row in enumerate(axs):
             for j, ax in enumerate(row):

@@ -346,7 +346,7 @@ def load_runs(
     runs = [r for r in runs if all(r['config'].get(k) == v for k, v in config.items())]
     return sorted(runs, key=lambda r: (r['config']['reading'], r['config']['lr'], r['config']['seed']))
 
-# %% ../nbs/02_train.ipynb #b3d2546b
+# %% ../nbs/02_train.ipynb #69072e3c
 class SweepError(RuntimeError):
     "Some runs of a sweep failed; `runs` has those that did not, and `errors` says by name what happened"
     def __init__(self, errors, runs):
@@ -377,6 +377,7 @@ def _work(config, shared, device, out, scratch, name):
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())                    # its own lock is a semaphore, which a killed process would leave behind
     here = bool(out) and Path(out).is_dir()             # a machine that does not share our disk sends its weights home
+    if here and (done := Path(out)/f'{name}.json').exists(): return load_run(done), None    # asked again, since its result was lost on the way
     def tick(model, history):
         if Path(scratch).is_dir(): Path(scratch, f'{name}.epochs').write_text('.' * len(history))
     checkpoint = Path(out)/f'{name}.ckpt' if here else None
@@ -387,14 +388,13 @@ def _work(config, shared, device, out, scratch, name):
     return run, None if here else model.state_dict()
 
 def _ended(futures, bar, scratch, epochs):
-    "Names and futures of runs as they end; meanwhile the bar moves by epochs"
-    pending = dict(futures)
-    while pending:
-        for name in [n for n, f in pending.items() if f.done()]: yield name, pending.pop(name)
+    "Take out runs as they end: name and future; meanwhile the bar moves by epochs"
+    while futures:
+        for name in [n for n, f in futures.items() if f.done()]: yield name, futures.pop(name)
         seen = sum(p.stat().st_size for p in Path(scratch).glob('*.epochs'))
-        bar.n = max(seen, bar.total - epochs * len(pending))                    # a machine that does not share our disk is not seen
+        bar.n = max(seen, bar.total - epochs * len(futures))                    # a machine that does not share our disk is not seen
         bar.refresh()
-        if pending: time.sleep(.2)
+        if futures: time.sleep(.2)
 
 @contextmanager
 def _processes(slots):
@@ -422,7 +422,7 @@ def _spread(data, missing, device, workers, out, executor, bar):
                         results[name], weights = (f.exception(), None) if f.exception() else f.result()
                         if out and not f.exception() and not (Path(out)/f'{name}.json').exists(): save_run(results[name], out, weights)
                 finally:
-                    for f in futures.values(): f.cancel()                       # after an interrupt; the others have ended
+                    for f in futures.values(): f.cancel()                       # after an interrupt; else none is left
             left = {name: c for name, c in left.items() if isinstance(results[name], BrokenExecutor)}      # a process was killed
             if executor or not left: break
     return results

@@ -136,8 +136,9 @@ def _first(x, y):
 
 
 def complaints(nb):
-    "What must not be stored: paths of this machine, and too much"
+    "What must not be stored: figures without a picture, paths of this machine, and too much"
     for i, cell in enumerate(nb.cells):
+        if '#| fig-cap:' in cell.source and 'figure' not in dict(_contents(cell)): yield f'cell {i}: has a caption but shows no figure'
         for kind, text in _contents(cell):
             if kind != 'figure' and any(p in text for p in (str(ROOT), str(Path.home()) + '/', tempfile.gettempdir() + '/')):
                 yield f'cell {i}: its output has a path of this machine in it'

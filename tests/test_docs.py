@@ -153,3 +153,8 @@ def test_a_stale_output_is_found(stored, tmp_path, cell, old, new, said):
 def test_a_path_of_this_machine_is_refused(tmp_path):
     nbformat.write(new_notebook(cells=[code(f'print({str(Path.home()/"x")!r})')]), tmp_path/'a.ipynb')
     assert any('path of this machine' in w for w in execute.run(tmp_path/'a.ipynb', check=False))
+
+
+def test_a_caption_without_a_figure_is_refused(tmp_path):
+    nbformat.write(new_notebook(cells=[code('#| fig-cap: "a"\n' + PLOT.format(9)), code('#| fig-cap: "b"\nprint(1)')]), tmp_path/'a.ipynb')
+    assert execute.run(tmp_path/'a.ipynb', check=False) == ['a.ipynb, cell 1: has a caption but shows no figure']

@@ -86,6 +86,21 @@ def test_a_worker_without_our_disk_sends_its_weights_home(data, expected, tmp_pa
     assert len(list(tmp_path.glob('*.safetensors'))) == 6
 
 
+class Forgetful(Pool):
+    "Loses each result and asks again, as Dask does when the worker that holds a result dies"
+    repeated = 0
+    def submit(self, *args):
+        first = super().submit(*args).result()
+        again = super().submit(*args)
+        self.repeated += again.result()[0] == first[0]      # seconds and all
+        return again
+
+
+def test_a_run_whose_result_was_lost_is_not_done_again(data, tmp_path):
+    with Forgetful() as executor: runs = sweep(data, LRS, (0,), out=tmp_path, executor=executor, **SETTINGS)
+    assert executor.repeated == 3 and all(r in load_runs(tmp_path) for r in runs)
+
+
 @contextmanager
 def one_killed(executor, out):
     "Kill a worker when the first run is finished and another one is on its way; a dict that will hold what was finished then"
