@@ -6,7 +6,7 @@
 __all__ = ['readings_table', 'predict', 'confusion', 'class_accuracies', 'gates_by_class', 'inside', 'most_wrong', 'draw_kernels',
            'mixed_kernels']
 
-# %% ../nbs/04_explore.ipynb #77ba026e
+# %% ../nbs/04_explore.ipynb #825fbbe5
 import json
 from pathlib import Path
 
@@ -20,22 +20,24 @@ from torch import nn
 
 from .data import ImageData
 from .model import READINGS, ImageClassifier
-from .report import COLORS, REPORT, by_lr, figure_style, prediction_interval
+from .report import COLORS, REPORT, by_lr, figure_style
 
-# %% ../nbs/04_explore.ipynb #f771d78a
+# %% ../nbs/04_explore.ipynb #f0af3ecb
 def readings_table(
     runs: list,  # Runs of several readings on the same data
 ) -> pd.DataFrame:  # A row for each reading, the closest first; accuracies in percent, distance in points
     "Each reading's mean test accuracies, how far they are from the report's, and what the report's numbers exclude"
-    rows = []
+    accs, rows = {}, []
     for reading in READINGS:
         groups = by_lr([r for r in runs if r['config']['reading'] == reading and r['config']['lr'] in REPORT])
-        if groups.keys() != REPORT.keys(): continue
-        acc = {lr: 100 * np.array([r['epochs'][-1]['test_acc'] for r in g]) for lr, g in groups.items()}
-        bounds = {lr: prediction_interval(a) for lr, a in acc.items()}
-        outside = [f'{lr:g}' for lr, (low, high) in bounds.items() if not np.isnan(low) and not low <= 100*REPORT[lr] <= high]
-        rows.append({'reading': reading, **{f'{lr:g}': a.mean() for lr, a in acc.items()},
-                     'distance': np.sqrt(np.mean([(a.mean() - 100*REPORT[lr])**2 for lr, a in acc.items()])), 'excluded at': ', '.join(outside) or '-',
+        if groups.keys() == REPORT.keys(): accs[reading] = {lr: 100 * np.array([r['epochs'][-1]['test_acc'] for r in g]) for lr, g in groups.items()}
+    most = {lr: max((acc[lr] for acc in accs.values()), key=len) for lr in REPORT}         # where the scatter is known best
+    for reading, acc in accs.items():
+        off = {lr: a.mean() - 100*REPORT[lr] for lr, a in acc.items()}
+        reach = {lr: stats.t.ppf(.975, len(m) - 1) * max(m.std(ddof=1), np.std(acc[lr], ddof=len(acc[lr]) > 1)) * (1 + 1/len(acc[lr]))**.5
+                 for lr, m in most.items() if len(m) > 1}
+        rows.append({'reading': reading, **{f'{lr:g}': a.mean() for lr, a in acc.items()}, 'distance': np.sqrt(np.mean(np.square(list(off.values())))),
+                     'excluded at': ', '.join(f'{lr:g}' for lr, half in reach.items() if abs(off[lr]) > half) or '-',
                      'seeds': min(map(len, acc.values())), 'parameters': sum(p.numel() for p in ImageClassifier(reading=reading, seed=0).parameters())})
     return pd.DataFrame(rows).sort_values('distance').set_index('reading').round(2)
 
