@@ -222,9 +222,9 @@ def _dask_overhead(data, slots, few, many):
 def bench(
     data: str | Path = 'auto',  # As for `load_data`; nothing is downloaded
     *,
-    rounds: int = 3,  # Turns that each way takes
+    rounds: int = 3,  # Turns that each way takes, of two epochs that count and one before that does not
     peers: bool = False,  # Measure other libraries too; the extra `peers` installs them
-    quick: bool = False,  # A tenth of the images, one turn, a table of two epochs: to see that it works
+    quick: bool = False,  # A tenth of the images, one turn of one epoch, a table of two: to see that it works
     progress: bool = True,  # Show a bar
 ) -> dict:  # See the parts below; times in seconds
     "Measure all ways to train the report's model, side by side"
@@ -241,7 +241,7 @@ def bench(
         result = dict(data=dict(name=d.name, n_train=n_train, n_test=n_test), env=environment(torch.device('cpu')), seconds=times, memory_mb=memory)
         for turn in range(rounds):
             for w in ways:
-                got = _measure(w, source, n_train, n_test)
+                got = _measure(w, source, n_train, n_test, 1 if quick else 2)
                 times[w] += got['seconds']
                 memory[w] = max(memory[w], got['memory_mb'] or 0)
                 step(w)

@@ -284,7 +284,12 @@ class Normalised(nn.Module):
         self.model = model
         self.register_buffer('mean', mean.float()[:, None, None])
         self.register_buffer('std', std.float()[:, None, None])
-    def forward(self, x): return self.model((x - self.mean) / self.std)
+
+    def forward(self,
+        x: torch.Tensor,  # Images (B, 3, 32, 32), float in [0, 1]
+    ) -> torch.Tensor:  # Logits (B, classes)
+        "Logits of a batch of images"
+        return self.model((x - self.mean) / self.std)
 
 def new_model(
     data: ImageData,  # Gives the number of classes, and means and deviations of colours

@@ -1,0 +1,86 @@
+"""Choosing on images held back, testing once, and the command that makes all results anew"""
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from cifar_nbdev import helps
+from cifar_nbdev.data import ImageData, shapes10
+from cifar_nbdev.helps import choose, final_test, gains, held_back, results, split
+from cifar_nbdev.train import load_runs, run_name
+from conftest import hashes
+
+
+def run(acc, lr=.01, seed=0, change=None):
+    "A made-up run that ends with an accuracy"
+    config = dict(lr=lr, momentum=.9, weight_decay=5e-4, epochs=1, bs=128, seed=seed, reading='gate')
+    return dict(config=config | ({'change': change} if change else {}), data=dict(name='made up', sha256='0', n_train=9, n_test=1),
+                epochs=[dict(epoch=1, test_acc=acc)], weights_sha256='')
+
+
+def as_tested(runs, accs):
+    return {run_name(r['config'], '0'): dict(test_acc=a) for r, a in zip(runs, accs)}
+
+
+def test_split_takes_the_same_part_of_unequal_classes():
+    y = torch.tensor([0]*30 + [1]*50 + [2]*7)
+    x = torch.arange(len(y)).to(torch.uint8)[:, None, None, None].expand(-1, 3, 32, 32)
+    held = split(ImageData(x, y, x[:2], y[:2], ('a', 'b', 'c'), 'made up'))
+    assert torch.bincount(held.y_test).tolist() == [3, 5, 1]
+    pixels = lambda x: sorted(x[:, 0, 0, 0].tolist())
+    assert sorted(pixels(held.x_train) + pixels(held.x_test)) == list(range(87))
+    assert (held.y_test == y[held.x_test[:, 0, 0, 0].long()]).all() and held.classes == ('a', 'b', 'c')
+    assert split(ImageData(x, y, x[:2], y[:2], ('a', 'b', 'c'), 'made up'), seed=1).sha256 != held.sha256
+
+
+def test_the_choice_is_the_best_mean_on_the_images_held_back():
+    runs = [run(a, lr, s, c) for c, by_lr in {None: {.01: (.5, .5), .005: (.7, .2)}, 'cosine schedule': {.01: (.1, .2), .005: (.2, .3)}}.items()
+            for lr, accs in by_lr.items() for s, a in enumerate(accs)]
+    assert choose(runs) == {'none': .01, 'cosine schedule': .005}
+    assert held_back(runs).loc[('cosine schedule', .005)].round(6).tolist() == [2, 25, round(50**.5, 6)]
+
+
+def test_a_gain_is_counted_seed_by_seed():
+    runs = [run(0, seed=s) for s in range(3)] + [run(0, seed=s, change='four branches') for s in range(3)]
+    table = gains(runs, as_tested(runs, (.5, .6, .4, .52, .63, .41)))
+    row = table.loc['four branches']
+    np.testing.assert_allclose((row['mean'], row['gain']), (52, 2))
+    half = 4.302653 * 1 / 3**.5                                                # t with 2 degrees of freedom; differences 2, 3, 1 have sd 1
+    np.testing.assert_allclose((row['gain from'], row['gain to']), (2 - half, 2 + half), rtol=1e-6)
+    assert table.index.tolist() == ['none', 'four branches'] and np.isnan(table.loc['none', 'gain'])
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    "All results on a few shapes, with one reading and one change: data and folder"
+    data, out = shapes10(300, 100), tmp_path_factory.mktemp('made')/'results'
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(helps, 'READINGS', ('gate', 'mix-first'))
+        m.setattr(helps, 'CHANGES', {c: helps.CHANGES[c] for c in ['all three']})
+        results(data, out, epochs=1, device='cpu', workers=2, progress=False)
+        before = hashes(out)
+        results(data, out, epochs=1, device='cpu', workers=2, progress=False)
+        assert hashes(out) == before                                           # nothing was done again
+    return data, out
+
+
+def test_all_results_are_made(made):
+    data, out = made
+    runs = load_runs(out)
+    assert len(runs) == 3*10 + 5 + 3*3 and {r['data']['sha256'] for r in runs} == {data.sha256}
+    changes = load_runs(out/'changes')
+    assert len(changes) == 2 * 2*3 and {r['data']['sha256'] for r in changes} == {split(data).sha256}
+    found = json.loads((out/'inside.json').read_text())
+    first = next(r for r in runs if (r['config']['lr'], r['config']['seed'], r['config']['reading']) == (.005, 0, 'gate'))
+    assert np.trace(found['confusion']) / 100 == pytest.approx(first['epochs'][-1]['test_acc'])
+
+
+def test_only_what_was_chosen_is_tested_and_only_once(made):
+    data, out = made
+    changes = load_runs(out/'changes')
+    found, best = json.loads((out/'changes'/'tested.json').read_text()), choose(changes)
+    chosen = {run_name(r['config'], r['data']['sha256']): r['weights_sha256'] for r in changes if best[r['config'].get('change', 'none')] == r['config']['lr']}
+    assert {n: t['weights_sha256'] for n, t in found.items()} == chosen and len(chosen) == 2 * 3
+    for weights in (out/'changes').glob('*.safetensors'): weights.unlink()
+    assert final_test(data, out/'changes') == found                                  # read, not tested again
