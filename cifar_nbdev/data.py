@@ -47,16 +47,17 @@ class ImageData:
         n_test: int,  # Keep this many test images, the first ones
     ) -> 'ImageData':  # Smaller data of the same name; its hash tells it apart
         "The first images of both sets, for quick experiments"
-        return ImageData(self.x_train[:n_train], self.y_train[:n_train], self.x_test[:n_test], self.y_test[:n_test],
-                         self.classes, self.name)
+        return ImageData(self.x_train[:n_train], self.y_train[:n_train],
+                         self.x_test[:n_test], self.y_test[:n_test], self.classes, self.name)
 
     def __repr__(self):
-        return f'{self.name}: {len(self.x_train):,} training and {len(self.x_test):,} test images, sha256 {self.sha256[:12]}'
+        return (f'{self.name}: {len(self.x_train):,} training and {len(self.x_test):,} test images, '
+                f'sha256 {self.sha256[:12]}')
 
 # %% ../nbs/00_data.ipynb #d7575459
 def _box(p, q): return np.maximum(np.abs(p), np.abs(q))
 
-_SHAPES = dict(                                         # signed distance of the points (p, q), negative inside
+_SHAPES = dict(                                         # signed distance of points (p, q), negative inside
     disc=lambda p, q: np.hypot(p, q) - 1,
     ring=lambda p, q: np.abs(np.hypot(p, q) - .8) - .2,
     square=lambda p, q: _box(p, q) - .85,
@@ -114,29 +115,39 @@ def _labels(z, key, n, path):
     y = z[key]
     if y.dtype.kind not in 'iu' or y.shape not in ((n,), (n, 1)):
         raise DataError(f'{path}: {key} is {y.dtype} {y.shape}, wanted integers ({n},), one for each image')
-    if y.min() < 0 or y.max() > 9: raise DataError(f'{path}: {key} runs from {y.min()} to {y.max()}, wanted 0 to 9')
+    if y.min() < 0 or y.max() > 9:
+        raise DataError(f'{path}: {key} runs from {y.min()} to {y.max()}, wanted 0 to 9')
     return torch.from_numpy(y.reshape(-1).astype(np.int64))
 
 def _load_npz(path, name=None):
     "Read and check an .npz with Keras' keys; nothing in it is unpickled"
     if name and name.startswith(NAME) and name != JPEG_NAME:
-        raise ValueError(f'name {name!r}: a file may be named {JPEG_NAME!r} or something that does not begin with {NAME!r}, '
-                         'which is kept for the official archive')
+        raise ValueError(f'name {name!r}: a file may be named {JPEG_NAME!r} or something that does not begin '
+                         f'with {NAME!r}, which is kept for the official archive')
     path = Path(path).expanduser()
     try:
         with np.load(path, allow_pickle=False) as z:
-            if not isinstance(z, np.lib.npyio.NpzFile): raise DataError(f'{path}: one array, wanted an .npz archive')
+            if not isinstance(z, np.lib.npyio.NpzFile):
+                raise DataError(f'{path}: one array, wanted an .npz archive')
             missing = sorted({'x_train', 'y_train', 'x_test', 'y_test'} - set(z.files))
-            if missing: raise DataError(f'{path}: no {", ".join(missing)} in it (it has: {", ".join(z.files) or "nothing"}). '
-                                        "Wanted Keras' keys x_train, y_train, x_test, y_test")
+            if missing:
+                raise DataError(f'{path}: no {", ".join(missing)} in it '
+                                f'(it has: {", ".join(z.files) or "nothing"}). '
+                                "Wanted Keras' keys x_train, y_train, x_test, y_test")
             x_train, x_test = _images(z, 'x_train', path), _images(z, 'x_test', path)
-            y_train, y_test = _labels(z, 'y_train', len(x_train), path), _labels(z, 'y_test', len(x_test), path)
+            y_train = _labels(z, 'y_train', len(x_train), path)
+            y_test = _labels(z, 'y_test', len(x_test), path)
             claim = name or (str(z['name']) if 'name' in z.files else NAME)
     except DataError: raise
-    except FileNotFoundError: raise FileNotFoundError(f'{path}: no such file. Wanted an .npz with x_train, y_train, x_test, y_test') from None
-    except IsADirectoryError: raise DataError(f'{path}: a folder, wanted an .npz file (for a folder with the official archive: root=)') from None
+    except FileNotFoundError:
+        raise FileNotFoundError(f'{path}: no such file. '
+                                'Wanted an .npz with x_train, y_train, x_test, y_test') from None
+    except IsADirectoryError:
+        raise DataError(f'{path}: a folder, wanted an .npz file '
+                        '(for a folder with the official archive: root=)') from None
     except (ValueError, EOFError, OSError, KeyError, zipfile.BadZipFile, zipfile.zlib.error) as e:
-        raise DataError(f'{path}: not a whole .npz archive of plain arrays ({e}). Get or make the file again') from e
+        raise DataError(f'{path}: not a whole .npz archive of plain arrays ({e}). '
+                        'Get or make the file again') from e
     data = ImageData(x_train, y_train, x_test, y_test, CLASSES, claim)
     if claim.startswith(NAME) and claim != JPEG_NAME:
         object.__setattr__(data, 'name', f'{NAME}, unverified copy {data.sha256[:8]}')
@@ -188,11 +199,12 @@ def _fetch(url, dest, md5, size, timeout, floor, grace):
         if given and int(given) != size: raise DownloadError(f'is {int(given):,} bytes long, wanted {size:,}')
         since, mark = time.monotonic(), 0
         with progress_bar(total=size, unit='B', unit_scale=True, desc=url.split('/')[2] or 'file') as bar:
-            while chunk := r.read1(1 << 16):            # read1: returns with what has come, so a trickle is seen
+            while chunk := r.read1(1 << 16):            # read1: returns what has come, so a trickle is seen
                 f.write(chunk); digest.update(chunk); bar.update(len(chunk))
                 n += len(chunk)
                 if (passed := time.monotonic() - since) >= grace:
-                    if (n - mark) / passed < floor: raise DownloadError(f'only {(n - mark)/passed/1000:.0f} kB/s')
+                    if (n - mark) / passed < floor:
+                        raise DownloadError(f'only {(n - mark)/passed/1000:.0f} kB/s')
                     since, mark = time.monotonic(), n
                 if n > size: break
     if n != size: raise DownloadError(f'ended after {n:,} of {size:,} bytes')
@@ -211,18 +223,22 @@ def download(
     said = []
     for url in urls:
         try:
-            with whole_file(path) as tmp: _fetch(url, tmp, md5, size, timeout, 0 if url == urls[-1] else floor, grace)
+            with whole_file(path) as tmp:
+                _fetch(url, tmp, md5, size, timeout, 0 if url == urls[-1] else floor, grace)
             return Path(path)
-        except (OSError, ValueError, urllib.request.http.client.HTTPException) as e: said.append(f'  {url}: {e}')
+        except (OSError, ValueError, urllib.request.http.client.HTTPException) as e:
+            said.append(f'  {url}: {e}')
     raise DownloadError('no source gave the file:\n' + '\n'.join(said))
 
 # %% ../nbs/00_data.ipynb #f0ab07b5
 def _torchvision_cifar10():
     "torchvision's `CIFAR10`; an `ImportError` that says cause and fix where it does not import"
     try: from torchvision.datasets import CIFAR10
-    except Exception as e:                              # "operator torchvision::nms does not exist" is a RuntimeError
-        raise ImportError(f'torchvision does not import beside torch {torch.__version__} ({type(e).__name__}: {e}): '
-            'they were built for different versions. Reinstall both from one index: pip install --force-reinstall torch torchvision. '
+    except Exception as e:                      # "operator torchvision::nms does not exist" is a RuntimeError
+        raise ImportError(
+            f'torchvision does not import beside torch {torch.__version__} ({type(e).__name__}: {e}): '
+            'they were built for different versions. Reinstall both from one index: '
+            'pip install --force-reinstall torch torchvision. '
             "An .npz and source='shapes10' work without torchvision") from e
     return CIFAR10
 
@@ -230,36 +246,39 @@ def _roots(root=None):
     "Folders that may hold the official archive; the first is where a download goes"
     if root: return [Path(root).expanduser()]
     cache = os.environ.get('CIFAR_NBDEV_ROOT') or user_cache_path('cifar_nbdev', appauthor=False)
-    return [Path(cache).expanduser(), Path('data'), Path('../data')]                   # ../data: notebooks run in nbs/
+    return [Path(cache).expanduser(), Path('data'), Path('../data')]        # ../data: notebooks run in nbs/
 
 def _read_official(root):
-    "CIFAR-10 from a folder in torchvision's layout; None where it holds neither the archive nor its files, whole"
+    "CIFAR-10 from a folder in torchvision's layout; None if it has neither the archive nor its files, whole"
     if not any((root/f).exists() for f in (ARCHIVE, 'cifar-10-batches-py')): return None
     CIFAR10 = _torchvision_cifar10()
     archive = root/ARCHIVE
     whole = archive.is_file() and archive.stat().st_size == ARCHIVE_SIZE and _md5(archive) == ARCHIVE_MD5
-    try: train, test = (CIFAR10(root, train=t, download=whole) for t in (True, False))  # download=True: extracts what is there
+    try:                                                # download=True: extracts what is there
+        train, test = (CIFAR10(root, train=t, download=whole) for t in (True, False))
     except RuntimeError: return None                    # torchvision: not found or corrupted
     x = [torch.from_numpy(np.ascontiguousarray(d.data.transpose(0, 3, 1, 2))) for d in (train, test)]
     y = [torch.tensor(d.targets) for d in (train, test)]
     return ImageData(x[0], y[0], x[1], y[1], tuple(train.classes), NAME)
 
 def _md5(path):
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'md5').hexdigest() if hasattr(hashlib, 'file_digest') \
-        else hashlib.md5(f.read()).hexdigest()          # Python 3.10 has no file_digest
+    with open(path, 'rb') as f:
+        if hasattr(hashlib, 'file_digest'): return hashlib.file_digest(f, 'md5').hexdigest()
+        return hashlib.md5(f.read()).hexdigest()        # Python 3.10 has no file_digest
 
 def _official(root=None, fetch=True):
     "CIFAR-10 from the first folder that has it, else downloaded if `fetch`"
     roots = _roots(root)
     for r in roots:
         if (data := _read_official(r)) is not None: return data
-    advice = (f'Put {ARCHIVE} ({ARCHIVE_SIZE:,} bytes, MD5 {ARCHIVE_MD5}) into {roots[0]}, or name its address in CIFAR10_URL, '
-              "or use source='shapes10', which needs no data")
+    advice = (f'Put {ARCHIVE} ({ARCHIVE_SIZE:,} bytes, MD5 {ARCHIVE_MD5}) into {roots[0]}, '
+              "or name its address in CIFAR10_URL, or use source='shapes10', which needs no data")
     if not fetch: raise FileNotFoundError(f'no CIFAR-10 in {" or ".join(map(str, roots))}. {advice}')
     _torchvision_cifar10()                              # fails now rather than after the download
     urls = [os.environ['CIFAR10_URL']] if os.environ.get('CIFAR10_URL') else []
     try: download([*urls, *SOURCES], roots[0]/ARCHIVE, ARCHIVE_MD5, ARCHIVE_SIZE)
-    except OSError as e: raise DownloadError(f'CIFAR-10 is not in {" or ".join(map(str, roots))}, and {e}\n{advice}') from None
+    except OSError as e:
+        raise DownloadError(f'CIFAR-10 is not in {" or ".join(map(str, roots))}, and {e}\n{advice}') from None
     return _read_official(roots[0])
 
 # %% ../nbs/00_data.ipynb #4c8ab800
@@ -281,9 +300,12 @@ def load_data(
     if source == 'cifar10': return _official(root, download)
     if source.endswith('.npz') or Path(source).expanduser().exists(): return _load_npz(source, name)
     if source != 'auto':
-        raise ValueError(f"unknown source {source!r}: wanted 'auto', 'cifar10', 'shapes10' or the path of an .npz file")
+        raise ValueError(f"unknown source {source!r}: "
+                         "wanted 'auto', 'cifar10', 'shapes10' or the path of an .npz file")
     if env := os.environ.get('CIFAR_NBDEV_DATA'):
-        if env == 'auto': raise ValueError("CIFAR_NBDEV_DATA is 'auto': wanted the path of an .npz file, 'cifar10' or 'shapes10'")
+        if env == 'auto':
+            raise ValueError("CIFAR_NBDEV_DATA is 'auto': "
+                             "wanted the path of an .npz file, 'cifar10' or 'shapes10'")
         return load_data(env, root, name, download)
     try: return _official(root, fetch=False)
     except (FileNotFoundError, ImportError): pass
@@ -295,7 +317,7 @@ def load_data(
 
 # %% ../nbs/00_data.ipynb #cec77350
 class ImageDataset(Dataset):
-    "Images one at a time, the way torchvision's `CIFAR10` gives them: uint8 pixels through PIL and `ToTensor`"
+    "Images one at a time, as torchvision's `CIFAR10` gives them: uint8 pixels through PIL and `ToTensor`"
     def __init__(self,
         x: torch.Tensor,  # uint8 (N, 3, 32, 32)
         y: torch.Tensor,  # int64 (N,)
@@ -340,7 +362,8 @@ class BatchLoader:
     def __iter__(self):
         order = self.sampler.order() if self.sampler else torch.arange(len(self.x))
         for i in order.split(self.bs):
-            yield self.x.index_select(0, i) / 255, self.y[i]    # (B, 3, 32, 32) in [0, 1], (B,); three times as fast as x[i]
+            # (B, 3, 32, 32) in [0, 1], and (B,); index_select is three times as fast as x[i]
+            yield self.x.index_select(0, i) / 255, self.y[i]
 
 class DataLoaders(NamedTuple):
     "A loader of training batches and one of test batches"
@@ -350,15 +373,18 @@ class DataLoaders(NamedTuple):
 def dataloaders(
     data: ImageData,  # What `load_data` gives
     bs: int = 128,  # Batch size
-    num_workers: int | None = None,  # None: `BatchLoader`s; 0 or more: the report's `DataLoader`s with that many processes
+    num_workers: int | None = None,  # Processes of the report's `DataLoader`s, from 0; None: `BatchLoader`s
     seed: int = 0,  # Of the training set's order
 ) -> DataLoaders:  # For one seed the same batches, bit for bit, whatever num_workers is
     "Training batches in a new order each epoch, test batches in the stored order"
     if bs < 1 or int(bs) != bs: raise ValueError(f'bs is {bs}, wanted a batch size of 1 or more')
-    if num_workers is not None and num_workers < 0: raise ValueError(f'num_workers is {num_workers}, wanted None, 0 or more')
+    if num_workers is not None and num_workers < 0:
+        raise ValueError(f'num_workers is {num_workers}, wanted None, 0 or more')
     shuffle = Shuffle(len(data.x_train), seed)
     if num_workers is None:
-        return DataLoaders(BatchLoader(data.x_train, data.y_train, bs, shuffle), BatchLoader(data.x_test, data.y_test, bs))
-    own = dict(batch_size=bs, num_workers=num_workers, generator=torch.Generator())    # else it draws from the global one
+        return DataLoaders(BatchLoader(data.x_train, data.y_train, bs, shuffle),
+                           BatchLoader(data.x_test, data.y_test, bs))
+    own = dict(batch_size=bs, num_workers=num_workers,
+               generator=torch.Generator())             # else it draws from the global one
     return DataLoaders(DataLoader(ImageDataset(data.x_train, data.y_train), sampler=shuffle, **own),
                        DataLoader(ImageDataset(data.x_test, data.y_test), **own))

@@ -26,19 +26,26 @@ from .report import COLORS, REPORT, by_lr, figure_style
 def readings_table(
     runs: list,  # Runs of several readings on the same data
 ) -> pd.DataFrame:  # A row for each reading, the closest first; accuracies in percent, distance in points
-    "Each reading's mean test accuracies, how far they are from the report's, and what the report's numbers exclude"
+    "Each reading's mean test accuracies, how far they are from the report's, and what its numbers exclude"
     accs, rows = {}, []
     for reading in READINGS:
         groups = by_lr([r for r in runs if r['config']['reading'] == reading and r['config']['lr'] in REPORT])
-        if groups.keys() == REPORT.keys(): accs[reading] = {lr: 100 * np.array([r['epochs'][-1]['test_acc'] for r in g]) for lr, g in groups.items()}
-    most = {lr: max((acc[lr] for acc in accs.values()), key=len) for lr in REPORT}         # where the scatter is known best
+        if groups.keys() == REPORT.keys():
+            accs[reading] = {lr: 100 * np.array([r['epochs'][-1]['test_acc'] for r in g])
+                             for lr, g in groups.items()}
+    # where the scatter is known best
+    most = {lr: max((acc[lr] for acc in accs.values()), key=len) for lr in REPORT}
     for reading, acc in accs.items():
         off = {lr: a.mean() - 100*REPORT[lr] for lr, a in acc.items()}
-        reach = {lr: stats.t.ppf(.975, len(m) - 1) * max(m.std(ddof=1), np.std(acc[lr], ddof=len(acc[lr]) > 1)) * (1 + 1/len(acc[lr]))**.5
+        reach = {lr: stats.t.ppf(.975, len(m) - 1)
+                 * max(m.std(ddof=1), np.std(acc[lr], ddof=len(acc[lr]) > 1)) * (1 + 1/len(acc[lr]))**.5
                  for lr, m in most.items() if len(m) > 1}
-        rows.append({'reading': reading, **{f'{lr:g}': a.mean() for lr, a in acc.items()}, 'distance': np.sqrt(np.mean(np.square(list(off.values())))),
-                     'excluded at': ', '.join(f'{lr:g}' for lr, half in reach.items() if abs(off[lr]) > half) or '-',
-                     'seeds': min(map(len, acc.values())), 'parameters': sum(p.numel() for p in ImageClassifier(reading=reading, seed=0).parameters())})
+        excluded = ', '.join(f'{lr:g}' for lr, half in reach.items() if abs(off[lr]) > half)
+        model = ImageClassifier(reading=reading, seed=0)
+        rows.append({'reading': reading, **{f'{lr:g}': a.mean() for lr, a in acc.items()},
+                     'distance': np.sqrt(np.mean(np.square(list(off.values())))),
+                     'excluded at': excluded or '-', 'seeds': min(map(len, acc.values())),
+                     'parameters': sum(p.numel() for p in model.parameters())})
     return pd.DataFrame(rows).sort_values('distance').set_index('reading').round(2)
 
 # %% ../nbs/04_explore.ipynb #96adb90c
@@ -63,31 +70,34 @@ def confusion(
 
 def class_accuracies(
     counts: pd.DataFrame,  # What `confusion` gives
-) -> pd.DataFrame:  # A row for each class, the best first: accuracy and its interval in percent, and what it is most often taken for
+) -> pd.DataFrame:  # A row per class, best first: accuracy and interval in %, what it is most often taken for
     "Accuracy of each class, with Wilson's 95% interval"
     rows = []
     for name, row in counts.iterrows():
         ci = stats.binomtest(int(row[name]), int(row.sum())).proportion_ci(method='wilson')
-        rows.append({'class': name, 'accuracy': 100 * row[name] / row.sum(), 'from': 100 * ci.low, 'to': 100 * ci.high, 'most often taken for': row.drop(name).idxmax()})
+        rows.append({'class': name, 'accuracy': 100 * row[name] / row.sum(), 'from': 100 * ci.low,
+                     'to': 100 * ci.high, 'most often taken for': row.drop(name).idxmax()})
     return pd.DataFrame(rows).set_index('class').sort_values('accuracy', ascending=False).round(1)
 
 @torch.no_grad()
 def gates_by_class(
     model: ImageClassifier,  # A trained net with gates
     data: ImageData,  # Its test images are used
-) -> pd.DataFrame:  # A row for each class; for each branch the mean of its gate and the standard deviation over images
+) -> pd.DataFrame:  # A row per class; for each branch mean and standard deviation of its gate over images
     "What the gates are, class by class"
     a = torch.cat([model.gates(b.float() / 255) for b in data.x_test.split(1000)])         # (N, K)
-    rows = {name: {f'{what} of a{k + 1}': getattr(a[data.y_test == i, k], what)().item() for k in range(a.shape[1]) for what in ('mean', 'std')}
+    rows = {name: {f'{what} of a{k + 1}': getattr(a[data.y_test == i, k], what)().item()
+                   for k in range(a.shape[1]) for what in ('mean', 'std')}
             for i, name in enumerate(data.classes)}
     return pd.DataFrame(rows).T.rename_axis('class').round(3)
 
 def inside(
     model: ImageClassifier,  # A trained net with gates
     data: ImageData,  # Its test images are used
-) -> dict:  # classes; confusion, rows of `confusion`; gates, rows of `gates_by_class`: as stored in inside.json
+) -> dict:  # classes; confusion, rows of `confusion`; gates, rows of `gates_by_class`: as in inside.json
     "What can be said about a net and its data without showing an image"
-    return dict(classes=list(data.classes), confusion=confusion(predict(model, data.x_test), data.y_test, data.classes).values.tolist(),
+    counts = confusion(predict(model, data.x_test), data.y_test, data.classes)
+    return dict(classes=list(data.classes), confusion=counts.values.tolist(),
                 gates=gates_by_class(model, data).values.tolist())
 
 # %% ../nbs/04_explore.ipynb #4eb633d0
@@ -96,11 +106,12 @@ def most_wrong(
     y: torch.Tensor,  # Labels (N,)
     classes: tuple,  # Their names
     n: int = 12,  # How many
-) -> pd.DataFrame:  # A row for each image, by its number: what it is, what the net says, and the probability that it gives to that
+) -> pd.DataFrame:  # A row per image, by its number: what it is, what the net says, how sure it is of that
     "The images that a net is most sure and most wrong about"
     p, said = logits.softmax(1).max(1)
     worst = torch.where(said != y, p, -1).topk(n).indices
-    return pd.DataFrame({'image': worst.tolist(), 'true': [classes[i] for i in y[worst]], 'predicted': [classes[i] for i in said[worst]],
+    return pd.DataFrame({'image': worst.tolist(), 'true': [classes[i] for i in y[worst]],
+                         'predicted': [classes[i] for i in said[worst]],
                          'probability': p[worst].tolist()}).set_index('image')
 
 # %% ../nbs/04_explore.ipynb #77c41110

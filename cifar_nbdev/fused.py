@@ -17,11 +17,11 @@ from .model import ImageClassifier
 
 # %% ../nbs/01b_fused.ipynb #1ebb80c4
 class _Linear(torch.autograd.Function):
-    "R linear layers as one batched product; its gradients are rounded as those of `F.linear`, which autograd's own would not be"
+    "R linear layers as one batched product; its gradients are rounded as `F.linear`'s, unlike autograd's own"
     @staticmethod
-    def forward(ctx, h, w, b):                                                      # (R, B, N), (R, C, N), (R, C)
+    def forward(ctx, h, w, b):                                          # (R, B, N), (R, C, N), (R, C)
         ctx.save_for_backward(h, w)
-        return torch.baddbmm(b[:, None], h, w.transpose(1, 2))                      # (R, B, C)
+        return torch.baddbmm(b[:, None], h, w.transpose(1, 2))          # (R, B, C)
 
     @staticmethod
     def backward(ctx, g):
@@ -36,16 +36,19 @@ class FusedClassifier(nn.Module):
         super().__init__()
         self.models = nn.ModuleList(models)
         shapes = {(m.reading, m.branches, *(tuple(p.shape) for p in m.parameters())) for m in models}
-        if len(shapes) != 1: raise ValueError(f'{len(models)} models of {len(shapes)} shapes or readings, wanted one shape and one reading')
+        if len(shapes) != 1:
+            raise ValueError(f'{len(models)} models of {len(shapes)} shapes or readings, '
+                             'wanted one shape and one reading')
 
     def forward(self,
         x: torch.Tensor,  # Images (B, 3, 32, 32), float in [0, 1]
     ) -> torch.Tensor:  # Logits (R, B, classes)
         "Logits of a batch of images, from each model"
         ms, first = self.models, self.models[0]
-        a = torch.stack([m.gates(x) for m in ms])                                   # (R, B, K)
+        a = torch.stack([m.gates(x) for m in ms])                       # (R, B, K)
         w, b = (torch.cat([getattr(m.conv, p) for m in ms]) for p in ('weight', 'bias'))
-        c = F.conv2d(x, w, b).unflatten(1, (len(ms), first.branches, -1)).flatten(3).transpose(0, 1)     # (R, B, K, C*H*W)
+        c = F.conv2d(x, w, b).unflatten(1, (len(ms), first.branches, -1))
+        c = c.flatten(3).transpose(0, 1)                                # (R, B, K, C*H*W)
         if first.reading == 'two heads':
             c = F.relu(a[..., None] * c)
             return sum(self._heads([m.fc[k] for m in ms], c[:, :, k]) for k in range(first.branches))
@@ -60,15 +63,17 @@ class FusedClassifier(nn.Module):
 
 # %% ../nbs/01b_fused.ipynb #b0547b93
 class _Step:
-    "One training step for all models, on a batch whose rows are named by `rows`; on CUDA captured once for each batch size and replayed"
+    "One training step for all models on a batch's `rows`; on CUDA captured once per batch size and replayed"
     def __init__(self, net, opt, x, y):
         self.net, self.opt, self.x, self.y, self.graphs = net, opt, x, y, {}
-        self.losses, self.hits = torch.zeros(2, len(net.models), dtype=torch.float64, device=x.device)      # summed over an epoch's images
+        # summed over an epoch's images
+        self.losses, self.hits = torch.zeros(2, len(net.models), dtype=torch.float64, device=x.device)
 
     def compute(self, rows):
         xb, yb = self.x[rows].float().div_(255), self.y[rows]
         logits = self.net(xb)                                                   # (R, B, classes)
-        loss = F.cross_entropy(logits.flatten(0, 1), yb.repeat(len(logits)), reduction='none').view(len(logits), -1).mean(1)
+        loss = F.cross_entropy(logits.flatten(0, 1), yb.repeat(len(logits)), reduction='none')
+        loss = loss.view(len(logits), -1).mean(1)
         self.opt.zero_grad(set_to_none=False)
         loss.sum().backward()
         self.opt.step()
@@ -87,8 +92,8 @@ class _Step:
         static, state = rows.clone(), [t.clone() for t in self.tensors()]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3): self.compute(static)                             # libraries set themselves up before they can be recorded
+        with torch.cuda.stream(side):       # libraries set themselves up before they can be recorded
+            for _ in range(3): self.compute(static)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph): self.compute(static)
@@ -107,7 +112,8 @@ def _judge(net, x, y, bs):
     losses, hits = torch.zeros(2, len(net.models), dtype=torch.float64, device=x.device)
     for xb, yb in zip(x.split(bs), y.split(bs)):
         logits = net(xb.float() / 255)
-        losses += F.cross_entropy(logits.flatten(0, 1), yb.repeat(len(logits)), reduction='none').view(len(logits), -1).sum(1)
+        loss = F.cross_entropy(logits.flatten(0, 1), yb.repeat(len(logits)), reduction='none')
+        losses += loss.view(len(logits), -1).sum(1)
         hits += (logits.argmax(2) == yb).sum(1)
     return losses / len(x), hits / len(x)
 
@@ -124,21 +130,25 @@ def fit_fused(
     seed: int = 0,  # Of the order of the images, which all models share
     device: str | torch.device = 'cpu',  # Where to compute
     callback=None,  # Called after each epoch with its number
-) -> list:  # For each model its epochs, as in `History.epochs`; a loss that is not finite is left to the caller
+) -> list:  # For each model its epochs, as in `History.epochs`; a non-finite loss is left to the caller
     "Train several models at once on the same batches, each with its own learning rate"
     if len(lrs) != len(models): raise ValueError(f'{len(lrs)} learning rates for {len(models)} models')
     net, n = FusedClassifier(models).to(device), len(data.x_train)
-    opt = torch.optim.SGD([dict(params=list(m.parameters()), lr=lr) for m, lr in zip(models, lrs)], momentum=momentum, weight_decay=weight_decay)
-    for p in net.parameters(): opt.state[p]['momentum_buffer'] = torch.zeros_like(p)       # what a first step starts from, in one place for good
+    groups = [dict(params=list(m.parameters()), lr=lr) for m, lr in zip(models, lrs)]
+    opt = torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay)
+    for p in net.parameters():      # what a first step starts from, in one place for good
+        opt.state[p]['momentum_buffer'] = torch.zeros_like(p)
     x, y, x_test, y_test = (t.to(device) for t in (data.x_train, data.y_train, data.x_test, data.y_test))
     step, shuffle, history = _Step(net, opt, x, y), Shuffle(n, seed), [[] for _ in models]
     for epoch in range(1, epochs + 1):
         start = time.perf_counter()
         for rows in shuffle.order().to(device).split(bs): step(rows)
-        values = torch.stack([step.losses / n, step.hits / n, *_judge(net, x_test, y_test, 2000)]).T.tolist()     # the one question
+        judged = _judge(net, x_test, y_test, 2000)
+        values = torch.stack([step.losses / n, step.hits / n, *judged]).T.tolist()      # the one question
         step.losses.zero_(); step.hits.zero_()
         seconds = round((time.perf_counter() - start) / len(models), 4)
         for h, (train_loss, train_acc, test_loss, test_acc) in zip(history, values):
-            h.append(dict(epoch=epoch, train_loss=train_loss, train_acc=train_acc, test_loss=test_loss, test_acc=test_acc, seconds=seconds))
+            h.append(dict(epoch=epoch, train_loss=train_loss, train_acc=train_acc,
+                          test_loss=test_loss, test_acc=test_acc, seconds=seconds))
         if callback: callback(epoch)
     return history

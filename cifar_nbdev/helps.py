@@ -36,9 +36,11 @@ def split(
 def held_back(
     runs: list,  # Runs on data that `split` gave
 ) -> pd.DataFrame:  # For each change and learning rate: number of runs, mean accuracy on the images held back and its standard deviation, in percent
-    "How the changes do on the images to choose by"
-    rows = [{'change': r['config'].get('change', 'none'), 'lr': r['config']['lr'], 'accuracy': 100 * r['epochs'][-1]['test_acc']} for r in runs]
-    table = pd.DataFrame(rows).groupby(['change', 'lr'])['accuracy'].agg(runs='count', mean='mean', sd='std')
+    "How the changes do on the images to choose by, over the seeds that were run with every change and learning rate"
+    rows = pd.DataFrame([{'change': r['config'].get('change', 'none'), 'lr': r['config']['lr'], 'seed': r['config']['seed'],
+                          'accuracy': 100 * r['epochs'][-1]['test_acc']} for r in runs])
+    seeds = set.intersection(*(set(s) for _, s in rows.groupby(['change', 'lr'])['seed']))
+    table = rows[rows['seed'].isin(seeds)].groupby(['change', 'lr'])['accuracy'].agg(runs='count', mean='mean', sd='std')
     return table.loc[[c for c in ('none', *CHANGES) if c in table.index.levels[0]]]
 
 def choose(
@@ -50,17 +52,14 @@ def choose(
 # %% ../nbs/06_helps.ipynb #09317efc
 def final_test(
     data: ImageData,  # Its test images are used
-    folder: str | Path,  # Runs on `split` of the same data, with their weights; gets tested.json
+    folder: str | Path,  # Runs on `split` of the same data, with the weights of those not tested yet; gets tested.json
 ) -> dict:  # Name of each chosen run -> weights_sha256, test_loss, test_acc
     "Test the chosen runs of each change, and write it down; what is written is not tested again"
-    file, runs = Path(folder)/'tested.json', load_runs(folder)
-    if file.exists(): return json.loads(file.read_text())
-    best, tested = choose(runs), {}
-    test = dataloaders(data).test
+    file, runs, test = Path(folder)/'tested.json', load_runs(folder), dataloaders(data).test
+    tested, best = json.loads(file.read_text()) if file.exists() else {}, choose(runs)
     for r in runs:
-        c = r['config']
-        if best[c.get('change', 'none')] != c['lr']: continue
-        name = run_name(c, r['data']['sha256'])
+        c, name = r['config'], run_name(r['config'], r['data']['sha256'])
+        if name in tested or best[c.get('change', 'none')] != c['lr']: continue
         model = load_weights(new_model(data, c['seed'], c['reading'], c.get('change')), Path(folder)/f'{name}.safetensors')
         loss, acc = evaluate(model, test)
         tested[name] = dict(weights_sha256=r['weights_sha256'], test_loss=loss, test_acc=acc)
@@ -100,8 +99,10 @@ def results(
     runs = sweep(data, REPORT, range(10), out=out, **more)
     sweep(data, [.001], range(5), out=out, **more)
     for reading in READINGS[1:]: sweep(data, REPORT, range(3), reading=reading, out=out, **more)
-    for change in (None, *CHANGES): sweep(split(data), (.005, .01), range(3), change=change, out=out/'changes', **more)
-    final_test(data, out/'changes')
+    held, folder = split(data), out/'changes'
+    for change in (None, *CHANGES): sweep(held, (.005, .01), range(3), change=change, out=folder, **more)
+    for change, lr in choose(load_runs(folder)).items(): sweep(held, [lr], range(8), change=change if change in CHANGES else None, out=folder, **more)
+    final_test(data, folder)
     config = runs[0]['config']                                                          # 0.005, seed 0
     model = load_weights(new_model(data), out/f"{run_name(config, data.sha256)}.safetensors")
     with whole_file(out/'inside.json') as tmp: tmp.write_text(json.dumps(inside(model, data)) + '\n')

@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../nbs/01_model.ipynb #16bcbe34
-READINGS = ('gate', 'mix-first', 'two heads', 'no gate', 'flat gate', 'softmax gate', 'sigmoid gate', 'relu gate')
+READINGS = ('gate', 'mix-first', 'two heads', 'no gate', 'flat gate',
+            'softmax gate', 'sigmoid gate', 'relu gate')
 _SQUASH = {'softmax gate': lambda a: a.softmax(1), 'sigmoid gate': torch.sigmoid, 'relu gate': F.relu}
 
 class ImageClassifier(nn.Module):
@@ -25,16 +26,20 @@ class ImageClassifier(nn.Module):
         classes: int = 10,  # Number of logits
         reading: str = 'gate',  # How the report's text is read, one of `READINGS`
         *,
-        seed: int | None = None,  # Of the initial weights; None: from torch's global random state, as in any module
+        seed: int | None = None,  # Of the initial weights; None: from torch's global state, as in any module
     ):
         super().__init__()
-        if reading not in READINGS: raise ValueError(f'unknown reading {reading!r}: wanted one of {", ".join(READINGS)}')
-        for name, n in dict(branches=branches, channels=channels, kernel_size=kernel_size, classes=classes).items():
+        if reading not in READINGS:
+            raise ValueError(f'unknown reading {reading!r}: wanted one of {", ".join(READINGS)}')
+        sizes = dict(branches=branches, channels=channels, kernel_size=kernel_size, classes=classes)
+        for name, n in sizes.items():
             if n != int(n) or n < 1: raise ValueError(f'{name} is {n}, wanted a whole number of 1 or more')
-        if kernel_size > 32: raise ValueError(f'kernel_size is {kernel_size}, wanted at most 32, the side of the images')
+        if kernel_size > 32:
+            raise ValueError(f'kernel_size is {kernel_size}, wanted at most 32, the side of the images')
         self.branches, self.channels, self.reading = branches, channels, reading
         features = channels * (32 - kernel_size + 1)**2
-        with torch.random.fork_rng(devices=[], enabled=seed is not None):  # with a seed, the global random state is left alone
+        # with a seed, the global random state is left alone
+        with torch.random.fork_rng(devices=[], enabled=seed is not None):
             self.conv = nn.Conv2d(3, branches*channels, kernel_size)       # all K convolutions, stacked
             self.fc = nn.Linear(features, classes) if reading != 'two heads' else \
                 nn.ModuleList(nn.Linear(features, classes) for _ in range(branches))
@@ -63,7 +68,7 @@ class ImageClassifier(nn.Module):
         self._check(x)
         a = self.gates(x)                                                  # (B, K)
         c = self.conv(x)
-        if self.reading not in ('mix-first', 'two heads'): c = F.relu_(c)  # in place: nobody needs what was there
+        if self.reading not in ('mix-first', 'two heads'): c = F.relu_(c)  # in place: nobody needs the old c
         c = c.unflatten(1, (self.branches, -1)).flatten(2)                 # (B, K, C*H*W)
         if self.reading == 'two heads':
             c = F.relu(a[:, :, None] * c)
@@ -88,16 +93,19 @@ def summary(
 ) -> pd.DataFrame:  # A row per layer and one for all: output shape, parameters, MACs for one image
     "What each layer gives out, holds and costs"
     shapes, hooks = {}, []
+    def note(name, m, i, out): shapes[name] = m, list(i[0].shape), list(out.shape)
     for name, m in model.named_modules():
         if not list(m.children()):
-            hooks.append(m.register_forward_hook(lambda m, i, out, name=name: shapes.__setitem__(name, (m, list(i[0].shape), list(out.shape)))))
+            hooks.append(m.register_forward_hook(lambda *args, name=name: note(name, *args)))
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad(): out = model(x)
     finally:
         for h in hooks: h.remove()
     flops = {name.split('.', 1)[-1]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-    rows = [(name, str(inp), str(shape), sum(p.numel() for p in m.parameters()), flops.get(name, 0) // 2 // len(x))
+    rows = [(name, str(inp), str(shape),
+             sum(p.numel() for p in m.parameters()), flops.get(name, 0) // 2 // len(x))
             for name, (m, inp, shape) in shapes.items()]
     rows.append(('all', str(list(x.shape)), str(list(out.shape)), sum(p.numel() for p in model.parameters()),
                  counter.get_total_flops() // 2 // len(x)))
-    return pd.DataFrame(rows, columns=['layer', 'input', 'output', 'parameters', 'MACs per image']).set_index('layer')
+    columns = ['layer', 'input', 'output', 'parameters', 'MACs per image']
+    return pd.DataFrame(rows, columns=columns).set_index('layer')

@@ -26,19 +26,20 @@ from .model import ImageClassifier, summary
 from .train import SweepError, check_sweep, load_runs, sweep
 
 # %% ../nbs/03_report.ipynb #a020a899
-REPORT = {0.005: .5224, 0.01: .5197, 0.0001: .3857}     # the report's accuracy table: learning rate, test accuracy
+REPORT = {0.005: .5224, 0.01: .5197, 0.0001: .3857}     # the report's table: learning rate, test accuracy
 FIGURES = dict(zip(REPORT, 'abc'))                      # the letters of its figures
-COLORS = {0.005: '#0072b2', 0.01: '#d55e00', 0.0001: '#007a5e', 0.001: '#aa4499'}  # told apart by the colour-blind
+COLORS = {0.005: '#0072b2', 0.01: '#d55e00', 0.0001: '#007a5e', 0.001: '#aa4499'}   # for the colour-blind too
 _OTHER = '#56616c'                                      # any other learning rate
-STYLE = {'font.size': 10, 'figure.dpi': 72, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'grid.alpha': .3, 'legend.frameon': False,
-         'figure.facecolor': 'white', 'axes.facecolor': 'white', 'savefig.facecolor': 'white', 'svg.hashsalt': 'cifar_nbdev'}
+STYLE = {'font.size': 10, 'figure.dpi': 72, 'axes.spines.top': False, 'axes.spines.right': False,
+         'axes.grid': True, 'grid.alpha': .3, 'legend.frameon': False, 'figure.facecolor': 'white',
+         'axes.facecolor': 'white', 'savefig.facecolor': 'white', 'svg.hashsalt': 'cifar_nbdev'}
 
 @contextmanager
 def figure_style(
     **more,  # Matplotlib's rcParams besides `STYLE`
 ):
     "Figures made inside share one style, and are closed when done: a cell that ends with one shows it, once"
-    plt.draw_if_interactive()           # Jupyter's backend sets itself up now; inside rc_context that would be undone
+    plt.draw_if_interactive()   # Jupyter's backend sets itself up now; inside rc_context that would be undone
     before = plt.get_fignums()
     with plt.rc_context(STYLE | more): yield
     for n in set(plt.get_fignums()) - set(before): plt.close(n)
@@ -50,7 +51,9 @@ def _label(name):
 def _only(runs, *keys):
     "The one value that all runs have under `keys`"
     values = {r[keys[0]][keys[1]] for r in runs}
-    if len(values) != 1: raise ValueError(f'runs differ in {keys[1]} ({", ".join(map(str, sorted(values))) or "there are none"}), wanted runs that share it')
+    if len(values) != 1:
+        found = ', '.join(map(str, sorted(values))) or 'there are none'
+        raise ValueError(f'runs differ in {keys[1]} ({found}), wanted runs that share it')
     return values.pop()
 
 def by_lr(
@@ -66,7 +69,8 @@ def _band(ax, runs, key, scale, label, **line):
     values = scale * np.array([[e[key] for e in r['epochs']] for r in runs])        # (runs, epochs)
     epochs = np.arange(1, values.shape[1] + 1)
     ax.plot(epochs, values.mean(0), label=label, **line)
-    if len(runs) > 1: ax.fill_between(epochs, values.min(0), values.max(0), color=line['color'], alpha=.2, lw=0)
+    if len(runs) > 1:
+        ax.fill_between(epochs, values.min(0), values.max(0), color=line['color'], alpha=.2, lw=0)
 
 def curves(
     runs: dict | list,  # A run, or runs on the same data; a column is drawn for each learning rate
@@ -76,7 +80,8 @@ def curves(
     name, groups = _only(runs, 'data', 'name'), by_lr(runs)
     _only(runs, 'config', 'epochs')
     with figure_style():
-        fig, axs = plt.subplots(2, len(groups), figsize=(max(4, 3.3*len(groups)), 5), sharex=True, sharey='row', squeeze=False)
+        fig, axs = plt.subplots(2, len(groups), figsize=(max(4, 3.3*len(groups)), 5),
+                                sharex=True, sharey='row', squeeze=False)
         for (top, bottom), (lr, group) in zip(axs.T, groups.items()):
             color = COLORS.get(lr, _OTHER)
             _band(top, group, 'train_loss', 1, 'training', color=color, ls='--')
@@ -84,7 +89,8 @@ def curves(
             _band(bottom, group, 'train_acc', 100, 'training', color=color, ls='--')
             _band(bottom, group, 'test_acc', 100, 'test', color=color)
             letter = f'({FIGURES[lr]}) ' if lr in FIGURES else ''
-            top.set_title(f'{letter}lr {lr:g}' + (f', {len(group)} seeds' if len(group) > 1 else ''), fontsize=11)
+            seeds = f', {len(group)} seeds' if len(group) > 1 else ''
+            top.set_title(f'{letter}lr {lr:g}{seeds}', fontsize=11)
             bottom.set_xlabel('epoch')
             for ax in (top, bottom): ax.legend()
         axs[0, 0].set_ylim(bottom=0); axs[1, 0].set_ylim(bottom=0)
@@ -97,15 +103,18 @@ def curves(
 def accuracy_table(
     runs: list,  # Runs on the same data
 ) -> pd.DataFrame:  # A row for each learning rate; accuracies in percent
-    "The report's table, with its accuracies beside ours: mean over seeds, standard deviation, lowest and highest"
+    "The report's table, its accuracies beside ours: mean over seeds, standard deviation, lowest and highest"
     name, rows = _only(runs, 'data', 'name'), []
     for i, (lr, group) in enumerate(by_lr(runs).items(), 1):
         last = 100 * np.array([r['epochs'][-1]['test_acc'] for r in group])
         best = 100 * np.array([max(e['test_acc'] for e in r['epochs']) for r in group])
-        rows.append({'No.': i, 'lr': lr, 'momentum': _only(group, 'config', 'momentum'), 'weight decay': _only(group, 'config', 'weight_decay'),
-                     'report': 100 * REPORT.get(lr, np.nan), 'ours': last.mean(), 'sd': last.std(ddof=1) if len(last) > 1 else np.nan,
-                     'lowest': last.min(), 'highest': last.max(), 'seeds': len(group), 'best epoch': best.mean()})
-    table = pd.DataFrame(rows).set_index('No.').round({k: 2 for k in ('report', 'ours', 'sd', 'lowest', 'highest', 'best epoch')})
+        rows.append({'No.': i, 'lr': lr, 'momentum': _only(group, 'config', 'momentum'),
+                     'weight decay': _only(group, 'config', 'weight_decay'),
+                     'report': 100 * REPORT.get(lr, np.nan), 'ours': last.mean(),
+                     'sd': last.std(ddof=1) if len(last) > 1 else np.nan, 'lowest': last.min(),
+                     'highest': last.max(), 'seeds': len(group), 'best epoch': best.mean()})
+    rounded = {k: 2 for k in ('report', 'ours', 'sd', 'lowest', 'highest', 'best epoch')}
+    table = pd.DataFrame(rows).set_index('No.').round(rounded)
     return table.rename_axis(columns=f'accuracy in %, {_label(name)}')
 
 # %% ../nbs/03_report.ipynb #b0a25774
@@ -144,8 +153,11 @@ def intervals(
     for lr, group in by_lr(runs).items():
         acc = _last(group)
         (a, b), (c, d) = mean_interval(acc), prediction_interval(acc)
-        rows.append({'lr': lr, 'runs': len(acc), 'mean': acc.mean(), 'sd': acc.std(ddof=1) if len(acc) > 1 else np.nan, 'mean from': a, 'mean to': b,
-                     'one more run from': c, 'one more run to': d, 'test set ±': 100 * half_width(acc.mean() / 100, n), 'report': 100 * REPORT.get(lr, np.nan)})
+        rows.append({'lr': lr, 'runs': len(acc), 'mean': acc.mean(),
+                     'sd': acc.std(ddof=1) if len(acc) > 1 else np.nan, 'mean from': a, 'mean to': b,
+                     'one more run from': c, 'one more run to': d,
+                     'test set ±': 100 * half_width(acc.mean() / 100, n),
+                     'report': 100 * REPORT.get(lr, np.nan)})
     return pd.DataFrame(rows).set_index('lr').round(2).rename_axis(columns=f'accuracy in %, {_label(name)}')
 
 # %% ../nbs/03_report.ipynb #8fef0dd2
@@ -155,12 +167,13 @@ def paired(
     b: float,  # Another one
 ) -> pd.Series:  # Seed -> difference in points
     "Test accuracy of `a` minus that of `b`, seed by seed, for the seeds that both have"
-    acc = {lr: {r['config']['seed']: x for r, x in zip(group, _last(group))} for lr, group in by_lr(runs).items()}
+    acc = {lr: {r['config']['seed']: x for r, x in zip(group, _last(group))}
+           for lr, group in by_lr(runs).items()}
     seeds = sorted(acc.get(a, {}).keys() & acc.get(b, {}).keys())
     return pd.Series({s: acc[a][s] - acc[b][s] for s in seeds}, name='points', dtype=float)
 
 # %% ../nbs/03_report.ipynb #09d09afc
-TEXT_LRS = (0.01, 0.001, 0.005)                         # the learning rates in the report's text; those of its figures are in REPORT
+TEXT_LRS = (0.01, 0.001, 0.005)                         # those in the report's text; its figures' in REPORT
 
 def verdict(
     interval: tuple,  # What the runs say: lower and upper end; NaN when they say nothing
@@ -182,67 +195,98 @@ def _model_claims():
     side = (32 - 5 + 2*0) // 1 + 1
     for layer, column, claim, wanted in (
             ('gate', 'output', 'mlp is [128, 2] for a batch of 128', '[128, 2]'),
-            ('conv', 'output', f'two convolutions of 6 channels, with ((32 - 5 + 2*0) / 1) + 1 = {side} pixels a side', f'[128, 12, {side}, {side}]'),
-            ('fc', 'input', f'the linear layer has {side}*{side}*6 = 4704 inputs', '[128, 4704]'), ('fc', 'output', 'ten classes out', '[128, 10]')):
+            ('conv', 'output', 'two convolutions of 6 channels, with '
+             f'((32 - 5 + 2*0) / 1) + 1 = {side} pixels a side', f'[128, 12, {side}, {side}]'),
+            ('fc', 'input', f'the linear layer has {side}*{side}*6 = 4704 inputs', '[128, 4704]'),
+            ('fc', 'output', 'ten classes out', '[128, 10]')):
         yield claim, table.loc[layer, column], table.loc[layer, column] == wanted
 
-def claims(
-    runs: list,  # Runs on the same data
-) -> pd.DataFrame:  # the report says, measured, runs, verdict; claims about learning rates that were not run are left out
-    "The ledger: each statement of the report that can be checked, what the runs say, and a verdict"
-    name, groups, rows = _only(runs, 'data', 'name'), by_lr(runs), []
-    def row(claim, measured, verdict, of=(), about_data=True):
-        rows.append((claim, measured, len(of) or '-', verdict if name.startswith(NAME) or not about_data else 'not CIFAR-10'))
-    def judge(claim, values, low, high, unit=''):
-        a, b = mean_interval(values)
-        row(claim, f'{np.mean(values):.2f}{unit}' + (f' ({a:.2f} to {b:.2f})' if len(values) > 1 else ''), verdict((a, b), low, high), values)
-
-    n_train, n_test = (_only(runs, 'data', k) for k in ('n_train', 'n_test'))
-    row('50,000 training and 10,000 test images', f'{n_train:,} and {n_test:,}', 'holds' if (n_train, n_test) == (50_000, 10_000) else 'does not hold')
-    for claim, measured, ok in _model_claims(): row(claim, measured, 'holds' if ok else 'does not hold', about_data=False)
-    row('text: learning rates 0.01, 0.001, 0.005; figures and table: 0.005, 0.01, 0.0001', '0.001 stands in the text only, 0.0001 in the others',
-        'holds' if set(TEXT_LRS) == set(REPORT) else 'contradicts itself', about_data=False)
+def _curve_claims(groups):
+    "What the report says about its figures: claim, what each run has, from, to, unit"
     for lr, acc, loss, linear in ((.005, 50, 1.2, .8), (.01, 50, 1.2, .8), (.0001, 30, 1.75, .5)):
         if lr not in groups: continue
         group, letter = groups[lr], FIGURES[lr]
-        for what in ('train', 'test'): judge(f'({letter}) {what} accuracy around {acc}%', _last(group, f'{what}_acc'), acc - 5, acc + 5, '%')
-        judge(f'({letter}) the loss falls to about {loss}', _last(group, 'train_loss'), loss - .15, loss + .15)
+        for what in ('train', 'test'):
+            accs = _last(group, f'{what}_acc')
+            yield f'({letter}) {what} accuracy around {acc}%', accs, acc - 5, acc + 5, '%'
+        losses = _last(group, 'train_loss')
+        yield f'({letter}) the loss falls to about {loss}', losses, loss - .15, loss + .15, ''
         if all(len(r['epochs']) > 20 for r in group):
             y = np.array([[e['train_loss'] for e in r['epochs']] for r in group])
-            judge(f"({letter}) the loss falls {'' if linear > .5 else 'almost '}linearly", (y[:, -11] - y[:, -1]) / (y[:, 0] - y[:, 10]), linear, 1 / linear,
-                  ' times as fast at the end')
-    if .0001 in groups: row('(c) text: around 30%; table: 38.57%', f'{_last(groups[.0001]).mean():.2f}%',
-                            'holds' if abs(30 - 100*REPORT[.0001]) <= 5 else 'contradicts itself', groups[.0001])
+            yield (f"({letter}) the loss falls {'' if linear > .5 else 'almost '}linearly",
+                   (y[:, -11] - y[:, -1]) / (y[:, 0] - y[:, 10]), linear, 1 / linear,
+                   ' times as fast at the end')
+
+def _order_claims(runs, groups, n_test):
+    "What the report says about the order of its learning rates: claim, measured, verdict, pairs of runs"
+    a, b, c = REPORT
+    def ahead(lr, others):
+        d = [paired(runs, lr, other) for other in others]
+        said = '; '.join(f'{x.mean():+.2f} points from {other:g}' for x, other in zip(d, others))
+        return said, [mean_interval(x) for x in d], d[0]
+    said, ends, d = ahead(a, (b, c))
+    yield '0.005 is the best', said, _together([verdict(e, 0) for e in ends]), d
+    said, ends, d = ahead(a, (b,))
+    width = 100 * half_width(_last(groups[a]).mean() / 100, n_test)
+    yield ('0.005 and 0.01 are nearly alike', f'{said} ({ends[0][0]:+.2f} to {ends[0][1]:+.2f})',
+           verdict(ends[0], -width, width), d)
+    said, ends, d = ahead(c, (a, b))
+    yield '0.0001 is the worst', said, _together([verdict(e, -np.inf, 0) for e in ends]), d
+
+def claims(
+    runs: list,  # Runs on the same data
+) -> pd.DataFrame:  # the report says, measured, runs, verdict; without claims about learning rates not run
+    "The ledger: each statement of the report that can be checked, what the runs say, and a verdict"
+    name, groups, rows = _only(runs, 'data', 'name'), by_lr(runs), []
+    def row(claim, measured, verdict, of=(), about_data=True):
+        if about_data and not name.startswith(NAME): verdict = 'not CIFAR-10'
+        rows.append((claim, measured, len(of) or '-', verdict))
+
+    n_train, n_test = (_only(runs, 'data', k) for k in ('n_train', 'n_test'))
+    row('50,000 training and 10,000 test images', f'{n_train:,} and {n_test:,}',
+        'holds' if (n_train, n_test) == (50_000, 10_000) else 'does not hold')
+    for claim, measured, ok in _model_claims():
+        row(claim, measured, 'holds' if ok else 'does not hold', about_data=False)
+    row('text: learning rates 0.01, 0.001, 0.005; figures and table: 0.005, 0.01, 0.0001',
+        '0.001 stands in the text only, 0.0001 in the others',
+        'holds' if set(TEXT_LRS) == set(REPORT) else 'contradicts itself', about_data=False)
+    for claim, values, low, high, unit in _curve_claims(groups):
+        a, b = mean_interval(values)
+        interval = f' ({a:.2f} to {b:.2f})' if len(values) > 1 else ''
+        row(claim, f'{np.mean(values):.2f}{unit}{interval}', verdict((a, b), low, high), values)
+    if .0001 in groups:
+        row('(c) text: around 30%; table: 38.57%', f'{_last(groups[.0001]).mean():.2f}%',
+            'holds' if abs(30 - 100*REPORT[.0001]) <= 5 else 'contradicts itself', groups[.0001])
     for lr in (lr for lr in REPORT if lr in groups):
-        a, b = prediction_interval(_last(groups[lr]))
-        row(f'{100*REPORT[lr]:.2f}% with learning rate {lr:g}', f'one more run: {a:.2f}% to {b:.2f}%' if len(groups[lr]) > 1 else f'{_last(groups[lr])[0]:.2f}%',
-            'cannot be told' if np.isnan(a) else verdict((100*REPORT[lr],)*2, a, b), groups[lr])
+        acc, said = _last(groups[lr]), 100*REPORT[lr]
+        a, b = prediction_interval(acc)
+        row(f'{said:.2f}% with learning rate {lr:g}',
+            f'one more run: {a:.2f}% to {b:.2f}%' if len(acc) > 1 else f'{acc[0]:.2f}%',
+            'cannot be told' if np.isnan(a) else verdict((said, said), a, b), acc)
     if REPORT.keys() <= groups.keys():
-        a, b, c = REPORT
-        def ahead(lr, others):
-            d = [paired(runs, lr, other) for other in others]
-            return '; '.join(f'{x.mean():+.2f} points from {other:g}' for x, other in zip(d, others)), [mean_interval(x) for x in d], d[0]
-        said, ends, d = ahead(a, (b, c)); row('0.005 is the best', said, _together([verdict(e, 0) for e in ends]), d)
-        said, ends, d = ahead(a, (b,)); width = 100 * half_width(_last(groups[a]).mean() / 100, n_test)
-        row('0.005 and 0.01 are nearly alike', f'{said} ({ends[0][0]:+.2f} to {ends[0][1]:+.2f})', verdict(ends[0], -width, width), d)
-        said, ends, d = ahead(c, (a, b)); row('0.0001 is the worst', said, _together([verdict(e, -np.inf, 0) for e in ends]), d)
+        for claim in _order_claims(runs, groups, n_test): row(*claim)
     return pd.DataFrame(rows, columns=['the report says', 'measured', 'runs', 'verdict'])
 
 # %% ../nbs/03_report.ipynb #01ed19bb
 _CSS = """
-:root{color-scheme:light dark;--fg:#1d2329;--bg:#fff;--soft:#5b6670;--line:#d9dee3;--warn-bg:#fff1d6;--warn:#7a3b00}
-@media(prefers-color-scheme:dark){:root{--fg:#e4e8ec;--bg:#14181c;--soft:#a3adb7;--line:#3a434b;--warn-bg:#4a2d00;--warn:#ffd9a0}}
-body{font:16px/1.5 system-ui,sans-serif;color:var(--fg);background:var(--bg);max-width:68rem;margin:2rem auto;padding:0 1rem}
+:root{color-scheme:light dark;--fg:#1d2329;--bg:#fff;--soft:#5b6670;--line:#d9dee3;\
+--warn-bg:#fff1d6;--warn:#7a3b00}
+@media(prefers-color-scheme:dark){:root{--fg:#e4e8ec;--bg:#14181c;--soft:#a3adb7;--line:#3a434b;\
+--warn-bg:#4a2d00;--warn:#ffd9a0}}
+body{font:16px/1.5 system-ui,sans-serif;color:var(--fg);background:var(--bg);\
+max-width:68rem;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.7rem;margin-bottom:.2rem} h2{font-size:1.2rem;margin-top:2rem} .soft{color:var(--soft)}
-.warn{background:var(--warn-bg);color:var(--warn);border-left:.4rem solid;padding:.8rem 1rem;border-radius:.3rem}
+.warn{background:var(--warn-bg);color:var(--warn);border-left:.4rem solid;\
+padding:.8rem 1rem;border-radius:.3rem}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(17rem,1fr));gap:1rem} figure{margin:0}
 figure img{width:100%;background:#fff;border-radius:.4rem} figcaption{font-size:.9rem;color:var(--soft)}
 .scroll{overflow-x:auto} table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.93rem}
-th,td{padding:.35rem .7rem;border-bottom:1px solid var(--line);text-align:right;vertical-align:top} th{font-weight:600}
+th,td{padding:.35rem .7rem;border-bottom:1px solid var(--line);text-align:right;vertical-align:top} \
+th{font-weight:600}
 .text td,.text th{text-align:left} code{font-size:.92em}"""
 
-_GET_DATA = ('To get CIFAR-10, run cifar_report --data cifar10 where there is a network, or put cifar-10-python.tar.gz '
-             'into ./data, or name an .npz of it with --data.')
+_GET_DATA = ('To get CIFAR-10, run cifar_report --data cifar10 where there is a network, '
+             'or put cifar-10-python.tar.gz into ./data, or name an .npz of it with --data.')
 
 def _html(df, cls='', **kwargs):
     "A data frame as an HTML table without inline styles"
@@ -259,32 +303,44 @@ def _svg(fig):
 def _run_table(runs):
     "A row per run: what it ended on and what it took"
     last = [r['epochs'][-1] for r in runs]
-    return pd.DataFrame({'lr': [f"{r['config']['lr']:g}" for r in runs], 'seed': [r['config']['seed'] for r in runs],
-        'training loss': [f"{e['train_loss']:.3f}" for e in last], 'training accuracy (%)': [100*e['train_acc'] for e in last],
-        'test accuracy (%)': [100*e['test_acc'] for e in last], 'time (s)': [f"{r['wall_seconds']:.0f}" for r in runs],
-        'memory (MB)': [r.get('peak_memory_mb') or '–' for r in runs], 'weights, sha256': [r['weights_sha256'][:12] for r in runs]})
+    return pd.DataFrame({
+        'lr': [f"{r['config']['lr']:g}" for r in runs], 'seed': [r['config']['seed'] for r in runs],
+        'training loss': [f"{e['train_loss']:.3f}" for e in last],
+        'training accuracy (%)': [100*e['train_acc'] for e in last],
+        'test accuracy (%)': [100*e['test_acc'] for e in last],
+        'time (s)': [f"{r['wall_seconds']:.0f}" for r in runs],
+        'memory (MB)': [r.get('peak_memory_mb') or '–' for r in runs],
+        'weights, sha256': [r['weights_sha256'][:12] for r in runs]})
 
 def _page(runs, figures, took):
     "The whole report as one self-contained HTML page"
     name, env, data, config = _only(runs, 'data', 'name'), runs[0]['env'], runs[0]['data'], runs[0]['config']
     title = 'The report on ' + _label(name)
-    warn = '' if name.startswith(NAME) else f'<p class="warn"><strong>This is not CIFAR-10.</strong> These are results on {html.escape(name)}. {_GET_DATA}</p>'
-    images = ''.join(f'<figure><img alt="Loss and accuracy over epochs with learning rate {lr:g}, {html.escape(_label(name))}" '
-                     f'src="data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"><figcaption>{caption}</figcaption></figure>'
+    warn = '' if name.startswith(NAME) else (
+        '<p class="warn"><strong>This is not CIFAR-10.</strong> '
+        f'These are results on {html.escape(name)}. {_GET_DATA}</p>')
+    images = ''.join(f'<figure><img alt="Loss and accuracy over epochs with learning rate {lr:g}, '
+                     f'{html.escape(_label(name))}" '
+                     f'src="data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}">'
+                     f'<figcaption>{caption}</figcaption></figure>'
                      for lr, (caption, svg) in figures.items())
     table = accuracy_table(runs).reset_index().rename_axis(columns=None)
     said = '; '.join(f"{html.escape(str(k))} {html.escape(str(v))}" for k, v in env.items())
-    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">\
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title><style>{_CSS}</style></head><body>
 <h1>{html.escape(title)}</h1>
-<p class="soft">{data['n_train']:,} training and {data['n_test']:,} test images; {config['epochs']} epochs, batch size {config['bs']}, momentum {config['momentum']},
+<p class="soft">{data['n_train']:,} training and {data['n_test']:,} test images; \
+{config['epochs']} epochs, batch size {config['bs']}, momentum {config['momentum']},
 weight decay {config['weight_decay']}; {len(runs)} runs</p>{warn}
 <h2>Loss and accuracy</h2><div class="figures">{images}</div>
-<h2>Accuracy</h2><p>Test accuracy after the last epoch, in percent: the report's, one run each on CIFAR-10, beside ours on {html.escape(_label(name))}.</p>
+<h2>Accuracy</h2><p>Test accuracy after the last epoch, in percent: the report's, one run each on CIFAR-10, \
+beside ours on {html.escape(_label(name))}.</p>
 {_html(table, formatters={'lr': '{:g}'.format, 'momentum': '{:g}'.format, 'weight decay': '{:g}'.format})}
 <h2>What the report says</h2>{_html(claims(runs), 'text')}
 <h2>The runs</h2>{_html(_run_table(runs))}
-<p class="soft">{took} Made by cifar_nbdev {__version__}: {said}. Data: {html.escape(name)}, sha256 <code>{data['sha256'][:16]}</code>.</p>
+<p class="soft">{took} Made by cifar_nbdev {__version__}: {said}. \
+Data: {html.escape(name)}, sha256 <code>{data['sha256'][:16]}</code>.</p>
 </body></html>
 """
 
@@ -293,7 +349,8 @@ def markdown(
 ) -> str:  # Lines of Markdown, padded so that they read well in a terminal too
     "A table in Markdown, its numbers aligned on the decimal point"
     def texts(name, values):
-        if values.dtype.kind != 'f': return [f'{v:,}' if values.dtype.kind in 'iu' else str(v) for v in values]
+        kind = values.dtype.kind
+        if kind != 'f': return [f'{v:,}' if kind in 'iu' else str(v) for v in values]
         exact = name in ('lr', 'momentum', 'weight decay')      # as many decimals as they need, the others 2
         decimals = max(len(np.format_float_positional(v).partition('.')[2]) for v in values) if exact else 2
         return ['-' if np.isnan(v) else f'{v:.{decimals}f}' for v in values]
@@ -316,7 +373,8 @@ def _save_figures(runs, folder):
         stem = (f'{letter}-' if letter else '') + f'lr{lr:g}'
         with whole_file(folder/f'{stem}.png') as tmp: fig.savefig(tmp, dpi=200)
         with whole_file(folder/f'{stem}.svg') as tmp: tmp.write_text(svg, encoding='utf-8')
-        said[lr] = (f'({letter}) ' if letter else '') + f'Learning rate {lr:g}' + (f', mean and range of {seeds} seeds' if seeds > 1 else ''), svg
+        caption = (f'({letter}) ' if letter else '') + f'Learning rate {lr:g}'
+        said[lr] = caption + (f', mean and range of {seeds} seeds' if seeds > 1 else ''), svg
     return said
 
 def _writable(folder):
@@ -324,7 +382,9 @@ def _writable(folder):
     try:
         with whole_file(Path(folder)/'.tried') as tmp: tmp.write_bytes(b'')
         (Path(folder)/'.tried').unlink()
-    except OSError as e: raise OSError(f'cannot write to the output folder {folder}: {e.strerror}. Choose another with out (--out)') from None
+    except OSError as e:
+        raise OSError(f'cannot write to the output folder {folder}: {e.strerror}. '
+                      'Choose another with out (--out)') from None
 
 def _time(seconds): return f'{seconds:.0f} s' if seconds < 120 else f'{seconds/60:.1f} min'
 
@@ -345,14 +405,17 @@ def reproduce(
     data = data if isinstance(data, ImageData) else load_data(data)
     _writable(out)
     had = {p.name for p in (out/'runs').glob('*.json')}
-    runs = sweep(data, lrs, seeds, epochs=epochs, device=device, workers=workers, out=out/'runs', progress=progress)
+    runs = sweep(data, lrs, seeds, epochs=epochs, device=device, workers=workers, out=out/'runs',
+                 progress=progress)
     new = len({p.name for p in (out/'runs').glob('*.json')} - had)
-    took = (f'{new} of {len(runs)} runs were trained in this call, which took {_time(time.perf_counter() - start)}; '
+    took = (f'{new} of {len(runs)} runs were trained in this call, '
+            f'which took {_time(time.perf_counter() - start)}; '
             f'all of them together took {_time(sum(r["wall_seconds"] for r in runs))} of computing.')
     table, figures = accuracy_table(runs), _save_figures(runs, out/'figures')
     with whole_file(out/'table.csv') as tmp: table.to_csv(tmp)
     note = '' if data.name.startswith(NAME) else f'\nThis is NOT CIFAR-10, but {data.name}. {_GET_DATA}\n'
-    with whole_file(out/'table.md') as tmp: tmp.write_text(f'{table.columns.name}\n\n{markdown(table)}{note}', encoding='utf-8')
+    with whole_file(out/'table.md') as tmp:
+        tmp.write_text(f'{table.columns.name}\n\n{markdown(table)}{note}', encoding='utf-8')
     with whole_file(out/'index.html') as tmp: tmp.write_text(_page(runs, figures, took), encoding='utf-8')
     return out/'index.html'
 
@@ -371,23 +434,29 @@ def cifar_report(
     argv: list | None = None,  # Arguments; None: the command line's
 ):
     "The command `cifar_report`: `reproduce`, then print where the page is and what is in the table"
-    p = _Parser('cifar_report', description='Train a model for each learning rate on CIFAR-10 and write the report.')
-    p.add_argument('--data', default='auto', help="'auto', 'cifar10', 'shapes10' or the path of an .npz (default: auto)")
-    p.add_argument('--lrs', type=_numbers(float), nargs='+', default=[list(REPORT)], help='learning rates (default: 0.005 0.01 0.0001)')
+    p = _Parser('cifar_report',
+                description='Train a model for each learning rate on CIFAR-10 and write the report.')
+    p.add_argument('--data', default='auto',
+                   help="'auto', 'cifar10', 'shapes10' or the path of an .npz (default: auto)")
+    p.add_argument('--lrs', type=_numbers(float), nargs='+', default=[list(REPORT)],
+                   help='learning rates (default: 0.005 0.01 0.0001)')
     p.add_argument('--epochs', type=int, default=30, help='passes over the training images (default: 30)')
-    p.add_argument('--seeds', type=_numbers(int), nargs='+', default=[[0]], help='seeds for each learning rate (default: 0)')
+    p.add_argument('--seeds', type=_numbers(int), nargs='+', default=[[0]],
+                   help='seeds for each learning rate (default: 0)')
     p.add_argument('--out', default='report', help='folder to write to (default: report)')
     p.add_argument('--device', help='cpu, cuda or mps (default: the best one here)')
-    p.add_argument('--workers', type=int, help='runs at a time (default: one per core, a few more where that is faster)')
+    p.add_argument('--workers', type=int,
+                   help='runs at a time (default: one per core, a few more where that is faster)')
     args = vars(p.parse_args(argv))
     lrs, seeds = sum(args.pop('lrs'), []), sum(args.pop('seeds'), [])
     matplotlib.use('agg')
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: print(message, file=sys.stderr)     # without a line of code
+        with warnings.catch_warnings():                 # they are shown without a line of code
+            warnings.showwarning = lambda message, *_, **__: print(message, file=sys.stderr)
             page = reproduce(lrs=lrs, seeds=seeds, **args)
     except KeyboardInterrupt:
-        p.exit(130, f"{p.prog}: interrupted. Finished runs are in {args['out']}/runs; the same command goes on from there\n")
+        p.exit(130, f"{p.prog}: interrupted. Finished runs are in {args['out']}/runs; "
+                    "the same command goes on from there\n")
     except (ValueError, OSError, ImportError, SweepError) as e: p.exit(2, f'{p.prog}: {e}\n')
     print((page.parent/'table.md').read_text(encoding='utf-8'))
     print(f'The report: {page}')

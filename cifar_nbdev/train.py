@@ -60,14 +60,16 @@ def pick_device(
     device: str | torch.device | None = None,  # 'cpu', 'cuda', 'cuda:1', 'mps'; None: the best one here
 ) -> torch.device:  # A device that is there
     "Choose where to compute: CUDA, Apple's MPS, or the CPU"
-    if device is None: device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    has_mps = torch.backends.mps.is_available()
+    if device is None: device = 'cuda' if torch.cuda.is_available() else 'mps' if has_mps else 'cpu'
     try: d = torch.device(device)
     except RuntimeError: d = None
     if d is None or d.type not in ('cpu', 'cuda', 'mps'):
         raise ValueError(f"unknown device {str(device)!r}: wanted 'cpu', 'cuda', 'cuda:<number>' or 'mps'")
-    there = {'cpu': 1, 'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available())}[d.type]
+    there = {'cpu': 1, 'cuda': torch.cuda.device_count(), 'mps': int(has_mps)}[d.type]
     if (d.index or 0) >= there:
-        raise ValueError(f"device {str(device)!r} is not there: this machine has {there or 'no'} {d.type} device{'s'*(there > 1)}. Use 'cpu'")
+        raise ValueError(f"device {str(device)!r} is not there: this machine has {there or 'no'} {d.type} "
+                         f"device{'s'*(there > 1)}. Use 'cpu'")
     return d
 
 # %% ../nbs/02_train.ipynb #3869363b
@@ -77,7 +79,8 @@ def reference_arithmetic():
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision('highest')
     try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False): yield
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True,
+                                        allow_tf32=False): yield
     finally: torch.set_float32_matmul_precision(precision)
 
 # %% ../nbs/02_train.ipynb #137c4e88
@@ -86,7 +89,8 @@ def keep_freed_memory() -> bool:  # Was the policy changed?
     if platform.libc_ver()[0] != 'glibc' or os.environ.get('CIFAR_NBDEV_MALLOC') == 'default': return False
     mallopt = ctypes.CDLL(None).mallopt
     MMAP_THRESHOLD, TRIM_THRESHOLD, TOP_PAD = -3, -1, -2      # names and numbers of malloc.h
-    return all([mallopt(MMAP_THRESHOLD, 1 << 30), mallopt(TRIM_THRESHOLD, (1 << 31) - 1), mallopt(TOP_PAD, 256 << 20)])
+    return all([mallopt(MMAP_THRESHOLD, 1 << 30), mallopt(TRIM_THRESHOLD, (1 << 31) - 1),
+                mallopt(TOP_PAD, 256 << 20)])
 
 # %% ../nbs/02_train.ipynb #00788cbf
 class History:
@@ -98,12 +102,14 @@ class History:
     def __len__(self): return len(self.epochs)
     def to_frame(self) -> pd.DataFrame:  # A row per epoch; accuracies as fractions
         "As a table: epoch, train_loss, train_acc, test_loss, test_acc, seconds"
-        return pd.DataFrame(self.epochs, columns=['epoch', 'train_loss', 'train_acc', 'test_loss', 'test_acc', 'seconds'])
+        columns = ['epoch', 'train_loss', 'train_acc', 'test_loss', 'test_acc', 'seconds']
+        return pd.DataFrame(self.epochs, columns=columns)
     def __repr__(self):
         if not self.epochs: return 'History: no epoch finished'
         last = self.epochs[-1]
-        return (f"History of {len(self)} epochs{', interrupted' if self.interrupted else ''}: train loss {last['train_loss']:.3f}, "
-                f"train accuracy {last['train_acc']:.1%}, test accuracy {last['test_acc']:.1%}")
+        return (f"History of {len(self)} epochs{', interrupted' if self.interrupted else ''}: "
+                f"train loss {last['train_loss']:.3f}, train accuracy {last['train_acc']:.1%}, "
+                f"test accuracy {last['test_acc']:.1%}")
 
 # %% ../nbs/02_train.ipynb #03f18d42
 def check_settings(
@@ -120,7 +126,8 @@ def check_settings(
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < lowest:
             refuse(name, value, f'a whole number of {lowest} or more')
     for name, value in (('lr', lr), ('momentum', momentum), ('weight_decay', weight_decay)):
-        if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
+        number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+        if not number or not math.isfinite(value):
             refuse(name, value, 'a finite number')
     if lr <= 0: refuse('lr', lr, 'a learning rate above 0')
     if not 0 <= momentum < 1: refuse('momentum', momentum, 'a number from 0 to below 1')
@@ -135,16 +142,20 @@ class NonFiniteLossError(ArithmeticError):
 # %% ../nbs/02_train.ipynb #6fb7dc6e
 def _save_checkpoint(path, model, opt, sampler, history, settings):
     with whole_file(path) as tmp, open(tmp, 'wb') as f:
-        torch.save(dict(model=model.state_dict(), optimizer=opt.state_dict(), order=sampler and sampler.generator.get_state(),
+        torch.save(dict(model=model.state_dict(), optimizer=opt.state_dict(),
+                        order=sampler and sampler.generator.get_state(),
                         epochs=history.epochs, settings=settings), f)
 
 def _load_checkpoint(path, model, opt, sampler, settings):
     "Put everything back as it was; the epochs done so far"
     if not Path(path).exists(): return []
     try: state = torch.load(path, weights_only=True, map_location='cpu')
-    except Exception as e: raise ValueError(f'{path} is not a checkpoint of fit ({type(e).__name__}). Delete it, or name another file') from e
+    except Exception as e:
+        raise ValueError(f'{path} is not a checkpoint of fit ({type(e).__name__}). '
+                         'Delete it, or name another file') from e
     if state['settings'] != settings:
-        raise ValueError(f"checkpoint {path} was made with {state['settings']}, this fit has {settings}. Delete it, or name another file")
+        raise ValueError(f"checkpoint {path} was made with {state['settings']}, this fit has {settings}. "
+                         "Delete it, or name another file")
     load_state(model, state['model'], path)
     opt.load_state_dict(state['optimizer'])
     if sampler: sampler.generator.set_state(state['order'])
@@ -168,7 +179,8 @@ def _train_epoch(model, dl, opt, device, bar):
     "One pass over `dl`: losses and hits of all batches, left on the device, and their sizes"
     if not len(dl): raise ValueError('fit: no training batches, wanted at least one')
     model.train()
-    sizes, (losses, hits) = [], torch.zeros(2, len(dl), device=device)     # not a tensor per step: those would pin the memory around them
+    # not a tensor per step: those would pin the memory around them
+    sizes, (losses, hits) = [], torch.zeros(2, len(dl), device=device)
     for i, (xb, yb) in enumerate(dl):
         xb, yb = xb.to(device), yb.to(device)
         logits = model(xb)                                          # (B, 10)
@@ -187,7 +199,8 @@ def _check_finite(losses, test_loss, epoch, lr, history):
     if len(bad) or not math.isfinite(test_loss):
         step = bad[0].item() + 1 if len(bad) else len(losses)
         value = losses[step - 1].item() if len(bad) else test_loss
-        raise NonFiniteLossError(f'the loss is {value} in epoch {epoch}, step {step}, with lr {lr:g}. Try a smaller learning rate', history)
+        raise NonFiniteLossError(f'the loss is {value} in epoch {epoch}, step {step}, with lr {lr:g}. '
+                                 'Try a smaller learning rate', history)
 
 def cosine(
     done: float,  # Part of the epochs that is done, from 0 to 1
@@ -207,7 +220,7 @@ def fit(
     progress: bool = True,  # Show a bar, in a notebook or a terminal
     checkpoint: str | Path | None = None,  # File to save after each epoch, and to go on from if it is there
     callbacks=(),  # Called after each epoch with (model, history)
-    schedule=None,  # Factor of lr in an epoch, a function of the part of the epochs done before it: `cosine`; None: 1 throughout
+    schedule=None,  # Gives an epoch's factor of lr by the part of epochs done: `cosine`; None: 1 throughout
 ) -> History:  # A row per epoch
     "Train with cross-entropy and SGD; test after each epoch"
     check_settings(lr, momentum, weight_decay, epochs)
@@ -215,11 +228,13 @@ def fit(
     if device.type == 'cpu': keep_freed_memory()
     model.to(device)
     opt = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
-    settings, sampler = dict(lr=lr, momentum=momentum, weight_decay=weight_decay), getattr(train, 'sampler', None)
+    settings = dict(lr=lr, momentum=momentum, weight_decay=weight_decay)
+    sampler = getattr(train, 'sampler', None)
     if schedule: settings |= dict(schedule=schedule.__name__, epochs=epochs)
-    if getattr(sampler, 'generator', None) is None: sampler = None      # a loader whose order has no state of its own
+    if getattr(sampler, 'generator', None) is None: sampler = None      # its order has no state of its own
     history = History(_load_checkpoint(checkpoint, model, opt, sampler, settings) if checkpoint else ())
-    with reference_arithmetic(), progress_bar(progress, total=epochs*len(train), initial=len(history)*len(train), unit='step', desc=f'lr {lr:g}') as bar:
+    steps = dict(total=epochs*len(train), initial=len(history)*len(train), unit='step')
+    with reference_arithmetic(), progress_bar(progress, **steps, desc=f'lr {lr:g}') as bar:
         try:
             for epoch in range(len(history) + 1, epochs + 1):
                 start = time.perf_counter()
@@ -228,8 +243,9 @@ def fit(
                 train_loss, train_acc = _average(losses, hits, sizes)
                 test_loss, test_acc = evaluate(model, test, device)
                 _check_finite(losses, test_loss, epoch, lr, history)
-                history.epochs.append(dict(epoch=epoch, train_loss=train_loss, train_acc=train_acc, test_loss=test_loss,
-                                           test_acc=test_acc, seconds=round(time.perf_counter() - start, 3)))
+                history.epochs.append(dict(epoch=epoch, train_loss=train_loss, train_acc=train_acc,
+                                           test_loss=test_loss, test_acc=test_acc,
+                                           seconds=round(time.perf_counter() - start, 3)))
                 if checkpoint: _save_checkpoint(checkpoint, model, opt, sampler, history, settings)
                 bar.set_postfix_str(f'epoch {epoch}: train {train_acc:.1%}, test {test_acc:.1%}')
                 for callback in callbacks: callback(model, history)
@@ -259,15 +275,18 @@ def load_weights(
     path: str | Path,  # A file of `save_weights`
 ) -> nn.Module:  # The same model
     "Load weights that were saved from a model of the same shape"
-    if not Path(path).is_file(): raise FileNotFoundError(f'{path}: no such file. Wanted weights in a .safetensors file')
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'{path}: no such file. Wanted weights in a .safetensors file')
     try:
         with safe_open(path, 'pt') as f: state = {k: f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError, OSError) as e: raise ValueError(f'{path} is not a whole .safetensors file ({e})') from e
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f'{path} is not a whole .safetensors file ({e})') from e
     load_state(model, state, path)
     return model
 
 # %% ../nbs/02_train.ipynb #274e3b6c
-CHANGES = {'normalised input': dict(normalise=True), 'cosine schedule': dict(schedule=cosine), 'four branches': dict(branches=4)}
+CHANGES = {'normalised input': dict(normalise=True), 'cosine schedule': dict(schedule=cosine),
+           'four branches': dict(branches=4)}
 CHANGES['all three'] = {k: v for change in CHANGES.values() for k, v in change.items()}
 
 class Normalised(nn.Module):
@@ -277,9 +296,9 @@ class Normalised(nn.Module):
         x: torch.Tensor,  # Training images, uint8 (N, 3, 32, 32)
     ):
         super().__init__()
-        counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in x.unbind(1)]).double()   # (3, 256)
+        counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in x.unbind(1)]).double()
         values, n = torch.arange(256).double() / 255, counts[0].sum()
-        mean = counts @ values / n                                                                       # (3,)
+        mean = counts @ values / n                      # (3, 256) @ (256,): (3,)
         std = (counts @ values**2 / n - mean**2).sqrt()
         self.model = model
         self.register_buffer('mean', mean.float()[:, None, None])
@@ -310,8 +329,9 @@ def environment(
     from torch.backends import cpu
     try: torchvision = version('torchvision')
     except PackageNotFoundError: torchvision = None
-    return dict(python=platform.python_version(), torch=torch.__version__, torchvision=torchvision, numpy=np.__version__,
-                platform=platform.platform(), device=torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
+    return dict(python=platform.python_version(), torch=torch.__version__, torchvision=torchvision,
+                numpy=np.__version__, platform=platform.platform(), device=name,
                 cpu=cpu.get_cpu_capability(), threads=torch.get_num_threads())
 
 def peak_memory() -> int | None:  # MB; None where there is no /proc
@@ -321,8 +341,9 @@ def peak_memory() -> int | None:  # MB; None where there is no /proc
 
 def _record(config, data, env, epochs, seconds, model):
     "A finished training as a run"
-    return dict(config=config, data=dict(name=data.name, sha256=data.sha256, n_train=len(data.x_train), n_test=len(data.x_test)),
-                env=env, epochs=epochs, wall_seconds=round(seconds, 2), peak_memory_mb=peak_memory(), weights_sha256=weights_sha256(model))
+    about = dict(name=data.name, sha256=data.sha256, n_train=len(data.x_train), n_test=len(data.x_test))
+    return dict(config=config, data=about, env=env, epochs=epochs, wall_seconds=round(seconds, 2),
+                peak_memory_mb=peak_memory(), weights_sha256=weights_sha256(model))
 
 def train_run(
     data: ImageData,  # What to train and test on
@@ -344,11 +365,13 @@ def train_run(
     check_settings(lr, momentum, weight_decay, epochs, bs, seed)
     start, device = time.perf_counter(), pick_device(device)
     model = new_model(data, seed, reading, change)
-    history = fit(model, dataloaders(data, bs, seed=seed), epochs, lr, momentum, weight_decay, device=device, progress=progress,
-                  checkpoint=checkpoint, callbacks=callbacks, schedule=CHANGES[change].get('schedule') if change else None)
+    schedule = CHANGES[change].get('schedule') if change else None
+    history = fit(model, dataloaders(data, bs, seed=seed), epochs, lr, momentum, weight_decay, device=device,
+                  progress=progress, checkpoint=checkpoint, callbacks=callbacks, schedule=schedule)
     if history.interrupted: raise KeyboardInterrupt
     seconds = time.perf_counter() - start + sum(e['seconds'] for e in history.epochs[:history.resumed])
-    config = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, epochs=epochs, bs=bs, seed=seed, reading=reading)
+    config = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, epochs=epochs, bs=bs,
+                  seed=seed, reading=reading)
     if change: config['change'] = change
     return _record(config, data, environment(device), history.epochs, seconds, model), model
 
@@ -358,18 +381,20 @@ def run_name(
 ) -> str:  # For example gate-lr0.005-seed0-1f3a5c7e
     "File name of a run, without ending: the end is a hash of all settings and of the data"
     key = hashlib.sha256(json.dumps([config, data_sha256], sort_keys=True).encode()).hexdigest()[:8]
-    return f"{config.get('change', config['reading']).replace(' ', '-')}-lr{config['lr']:g}-seed{config['seed']}-{key}"
+    what = config.get('change', config['reading']).replace(' ', '-')
+    return f"{what}-lr{config['lr']:g}-seed{config['seed']}-{key}"
 
 def save_run(
     run: dict,  # What `train_run` gives
     folder: str | Path,  # Made if need be
-    model: nn.Module | dict | None = None,  # With it (or its state), its weights are saved as safetensors beside
+    model: nn.Module | dict | None = None,  # With it (or its state), weights are saved as safetensors beside
 ) -> Path:  # The JSON file
     "Save a run as JSON; the file is there only when everything is"
     name = run_name(run['config'], run['data']['sha256'])
     if model is not None: save_weights(model, Path(folder)/f'{name}.safetensors')
     with whole_file(Path(folder)/f'{name}.json') as tmp:
-        epochs = ',\n  '.join(json.dumps(e, allow_nan=False) for e in run['epochs'])     # a line per epoch: diffs stay readable
+        # a line per epoch: diffs stay readable
+        epochs = ',\n  '.join(json.dumps(e, allow_nan=False) for e in run['epochs'])
         rest = json.dumps({k: v for k, v in run.items() if k != 'epochs'}, indent=1, allow_nan=False)
         tmp.write_text(f'{rest[:-2]},\n "epochs": [\n  {epochs}]\n}}\n', encoding='utf-8')
     return Path(folder)/f'{name}.json'
@@ -380,7 +405,8 @@ def load_run(
     "Read a run, and check that it is one"
     try: run = json.loads(Path(path).read_text(encoding='utf-8'))
     except ValueError as e: raise ValueError(f'{path} is not a whole JSON file ({e})') from e
-    missing = {'config', 'data', 'env', 'epochs', 'wall_seconds', 'weights_sha256'} - set(run if isinstance(run, dict) else ())
+    wanted = {'config', 'data', 'env', 'epochs', 'wall_seconds', 'weights_sha256'}
+    missing = wanted - set(run if isinstance(run, dict) else ())
     if missing: raise ValueError(f'{path} is not a run: {", ".join(sorted(missing))} missing')
     return run
 
@@ -405,7 +431,7 @@ _ARRAYS = ('x_train', 'y_train', 'x_test', 'y_test')
 _mapped = {}                                            # in a worker process: the data that it trains on
 
 def _share(data, folder, executor):
-    "Put the images where other processes can get them: with Dask in each worker's memory, else in files that they can map"
+    "Put images where other processes get them: with Dask each worker's memory, else files that they can map"
     if client := getattr(executor, '_client', None): return client.scatter(data, broadcast=True)
     for k in _ARRAYS: np.save(f'{folder}/{k}.npy', getattr(data, k).numpy())
     return str(folder), data.classes, data.name, data.sha256
@@ -420,15 +446,17 @@ def _images(shared):
     return _mapped['data']
 
 def _work(config, shared, device, out, scratch, name):
-    "Do one run in a worker process, save it, and leave a byte per epoch where the sweep can see it; the run, and its weights if they are not saved"
+    "Do one run in a worker process, and save it; the run, and its weights if they are not saved"
     torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())                    # its own lock is a semaphore, which a killed process would leave behind
-    here = bool(out) and Path(out).is_dir()             # a machine that does not share our disk sends its weights home
-    if here and (done := Path(out)/f'{name}.json').exists(): return load_run(done), None    # asked again, since its result was lost on the way
-    def tick(model, history):
+    tqdm.set_lock(threading.RLock())                    # its own is a semaphore: a killed process leaves it
+    here = bool(out) and Path(out).is_dir()             # a machine without our disk sends its weights home
+    if here and (done := Path(out)/f'{name}.json').exists():
+        return load_run(done), None                     # asked again, since its result was lost on the way
+    def tick(model, history):                           # a byte per epoch, where the sweep can see it
         if Path(scratch).is_dir(): Path(scratch, f'{name}.epochs').write_text('.' * len(history))
     checkpoint = Path(out)/f'{name}.ckpt' if here else None
-    run, model = train_run(_images(shared), **config, device=device, progress=False, checkpoint=checkpoint, callbacks=[tick])
+    run, model = train_run(_images(shared), **config, device=device, progress=False,
+                           checkpoint=checkpoint, callbacks=[tick])
     if here:
         save_run(run, out, model)
         checkpoint.unlink(missing_ok=True)
@@ -439,13 +467,13 @@ def _ended(futures, bar, scratch, epochs):
     while futures:
         for name in [n for n, f in futures.items() if f.done()]: yield name, futures.pop(name)
         seen = sum(p.stat().st_size for p in Path(scratch).glob('*.epochs'))
-        bar.n = max(seen, bar.total - epochs * len(futures))                    # a machine that does not share our disk is not seen
+        bar.n = max(seen, bar.total - epochs * len(futures))        # a machine without our disk is not seen
         bar.refresh()
         if futures: time.sleep(.2)
 
 @contextmanager
 def _processes(slots):
-    "Processes of one thread each; killed when something goes wrong here, so that nobody waits for runs that nobody wants"
+    "Processes of one thread each; killed when something goes wrong here: nobody waits for runs nobody wants"
     executor = loky.ProcessPoolExecutor(slots, env={'OMP_NUM_THREADS': '1'})
     try: yield executor
     except BaseException:
@@ -455,22 +483,27 @@ def _processes(slots):
 
 def _spread(data, missing, device, workers, out, executor, bar):
     "Do runs in other processes: name -> run, or the error that it ended with"
-    from cifar_nbdev.train import _work                 # by module name: other processes cannot see a notebook's cells
+    from cifar_nbdev.train import _work                 # by module: other processes see no notebook's cells
     results, left, epochs = {}, missing, next(iter(missing.values()))['epochs']
     cores = loky.cpu_count() if device.type == 'cpu' else 1
-    slots = workers or (cores if len(missing) >= 2*cores else len(missing))     # three runs on two cores: better all at once than one alone at the end
+    # three runs on two cores: better all at once than one alone at the end
+    slots = workers or (cores if len(missing) >= 2*cores else len(missing))
+    folder = out and str(Path(out).resolve())
     with tempfile.TemporaryDirectory() as scratch:
         shared = _share(data, scratch, executor)
         for attempt in range(3):
             with nullcontext(executor) if executor else _processes(slots) as pool:
-                futures = {name: pool.submit(_work, c, shared, str(device), out and str(Path(out).resolve()), scratch, name) for name, c in left.items()}
+                futures = {name: pool.submit(_work, c, shared, str(device), folder, scratch, name)
+                           for name, c in left.items()}
                 try:
                     for name, f in _ended(futures, bar, scratch, epochs):
                         results[name], weights = (f.exception(), None) if f.exception() else f.result()
-                        if out and not f.exception() and not (Path(out)/f'{name}.json').exists(): save_run(results[name], out, weights)
-                finally:
-                    for f in futures.values() if executor else (): f.cancel()   # after an interrupt, else none is left; our own processes are killed
-            left = {name: c for name, c in left.items() if isinstance(results[name], BrokenExecutor)}      # a process was killed
+                        if out and not f.exception() and not (Path(out)/f'{name}.json').exists():
+                            save_run(results[name], out, weights)
+                finally:            # after an interrupt, else none is left; our own processes are killed
+                    for f in futures.values() if executor else (): f.cancel()
+            left = {name: c for name, c in left.items()
+                    if isinstance(results[name], BrokenExecutor)}       # a process was killed
             if executor or not left: break
     return results
 
@@ -479,15 +512,19 @@ def _fuse(data, missing, device, out, bar):
     results = {}
     for seed in dict.fromkeys(c['seed'] for c in missing.values()):
         group, start = {name: c for name, c in missing.items() if c['seed'] == seed}, time.perf_counter()
-        c = next(iter(group.values()))                  # runs of a sweep differ in learning rate and seed only
+        c = next(iter(group.values()))                  # a sweep's runs differ in learning rate and seed only
         models = [ImageClassifier(classes=len(data.classes), reading=c['reading'], seed=seed) for _ in group]
         with reference_arithmetic():
-            histories = fit_fused(models, data, [c['lr'] for c in group.values()], epochs=c['epochs'], bs=c['bs'], momentum=c['momentum'],
-                                  weight_decay=c['weight_decay'], seed=seed, device=device, callback=lambda epoch: bar.update(len(group)))
+            histories = fit_fused(models, data, [c['lr'] for c in group.values()], epochs=c['epochs'],
+                                  bs=c['bs'], momentum=c['momentum'], weight_decay=c['weight_decay'],
+                                  seed=seed, device=device, callback=lambda epoch: bar.update(len(group)))
         env, seconds = environment(device) | {'fused': len(group)}, (time.perf_counter() - start) / len(group)
         for (name, config), model, epochs in zip(group.items(), models, histories):
-            bad = next((e['epoch'] for e in epochs if not math.isfinite(e['train_loss'] + e['test_loss'])), None)
-            if bad: results[name] = NonFiniteLossError(f"the loss is not finite in epoch {bad}, with lr {config['lr']:g}. Try a smaller learning rate")
+            bad = next((e['epoch'] for e in epochs
+                        if not math.isfinite(e['train_loss'] + e['test_loss'])), None)
+            if bad:
+                results[name] = NonFiniteLossError(f"the loss is not finite in epoch {bad}, with lr "
+                                                   f"{config['lr']:g}. Try a smaller learning rate")
             else:
                 results[name] = _record(config, data, env, epochs, seconds, model)
                 if out: save_run(results[name], out, model)
@@ -500,17 +537,19 @@ def check_sweep(
     workers: int | None = None,  # As for `sweep`
     **settings,  # Of all runs: momentum, weight_decay, epochs, bs, reading, change
 ) -> list:  # Settings of each run, for each learning rate those of each seed
-    "Raise a `ValueError` for the first argument of a sweep that makes no sense, before anything is loaded or trained"
+    "Raise a `ValueError` for the first senseless argument of a sweep, before anything is loaded or trained"
     lrs, seeds = list(lrs), list(seeds)
     for name, values in dict(lrs=lrs, seeds=seeds).items():
         if not values: raise ValueError(f'{name} is empty, wanted at least one value')
     configs = [dict(lr=lr, seed=seed, **settings) for lr in lrs for seed in seeds]
     for c in configs: check_settings(**{k: v for k, v in c.items() if k not in ('reading', 'change')})
-    if (change := settings.get('change')) and change not in CHANGES: raise ValueError(f'unknown change {change!r}: wanted one of {", ".join(CHANGES)}')
+    if (change := settings.get('change')) and change not in CHANGES:
+        raise ValueError(f'unknown change {change!r}: wanted one of {", ".join(CHANGES)}')
     ImageClassifier(reading=settings.get('reading', 'gate'), seed=0)
     pick_device(device)
     if workers is not None and workers < 1: raise ValueError(f'workers is {workers}, wanted 1 or more')
-    return [{k: v.item() if isinstance(v, np.generic) else v for k, v in c.items()} for c in configs]       # plain numbers, for JSON
+    # plain numbers, for JSON
+    return [{k: v.item() if isinstance(v, np.generic) else v for k, v in c.items()} for c in configs]
 
 def sweep(
     data: ImageData,  # What to train and test on
@@ -524,22 +563,24 @@ def sweep(
     reading: str = 'gate',  # Of the model, see `ImageClassifier`
     change: str | None = None,  # Of the recipe, one of `CHANGES`
     device: str | torch.device | None = None,  # None: the best one here
-    workers: int | None = None,  # Runs at a time; None: one per core, or all where they are fewer than twice that
-    out: str | Path | None = None,  # Folder for the runs' JSON and weights; runs found there are not done again
+    workers: int | None = None,  # Runs at a time; None: one per core, or all if fewer than twice that
+    out: str | Path | None = None,  # Folder for runs' JSON and weights; runs found there are not done again
     progress: bool = True,  # Show a bar over the epochs of all runs
-    executor: Executor | None = None,  # Where runs are done; None: in processes of this machine, on CUDA all runs of a seed in one fused pass, if there is no change
+    executor: Executor | None = None,  # Does runs; None: processes here, on CUDA fused by seed if no change
 ) -> list:  # Runs, for each learning rate those of each seed
     "Train a model for each learning rate and seed"
-    configs = check_sweep(lrs, seeds, device, workers, momentum=momentum, weight_decay=weight_decay, epochs=epochs, bs=bs, reading=reading,
-                          **({'change': change} if change else {}))
+    configs = check_sweep(lrs, seeds, device, workers, momentum=momentum, weight_decay=weight_decay,
+                          epochs=epochs, bs=bs, reading=reading, **({'change': change} if change else {}))
     device = pick_device(device)
     todo, runs = {run_name(c, data.sha256): c for c in configs}, {}
     for name in todo:
         if out and (file := Path(out)/f'{name}.json').exists(): runs[name] = load_run(file)
     if missing := {name: c for name, c in todo.items() if name not in runs}:
         if out: Path(out).mkdir(parents=True, exist_ok=True)
-        with progress_bar(progress, total=len(missing)*epochs, unit='epoch', desc=f'{len(missing)} runs') as bar:
-            if device.type == 'cuda' and executor is None and not change: runs |= _fuse(data, missing, device, out, bar)
+        with progress_bar(progress, total=len(missing)*epochs, unit='epoch',
+                          desc=f'{len(missing)} runs') as bar:
+            if device.type == 'cuda' and executor is None and not change:
+                runs |= _fuse(data, missing, device, out, bar)
             else: runs |= _spread(data, missing, device, workers, out, executor, bar)
     errors = {name: runs.pop(name) for name in todo if isinstance(runs[name], Exception)}
     done = [runs[name] for name in todo if name in runs]

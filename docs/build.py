@@ -1,4 +1,5 @@
-"""Builds the site in _docs/, and README.md: nbdev processes the notebooks, translate.py turns Quarto's flavour into MyST, Sphinx renders
+"""Builds the site in _docs/, and README.md: nbdev processes the notebooks, translate.py turns Quarto's
+flavour into MyST, Sphinx renders
 
     python docs/build.py             both
     python docs/build.py --readme    only README.md and its figures
@@ -25,7 +26,7 @@ def settings():
 
 
 def pages(cfg, processed, out):
-    "Translate every processed notebook into a page for Sphinx; the first page lists the others, in the order of the notebooks"
+    "Translate every processed notebook into a page for Sphinx; the first lists the others, in their order"
     out.mkdir(parents=True)
     notebooks, translator = {}, Translator(cfg, ROOT/cfg['lib_path'])
     for path in sorted(processed.glob('*.ipynb')):
@@ -48,22 +49,27 @@ def _links(page, soup, ids, host):
 
 
 def problems(site, host):
-    "Dead links, anchors that occur twice, images without a text, and whatever a page would fetch from elsewhere"
-    soups = {p: BeautifulSoup(p.read_text(encoding='utf-8'), 'html.parser') for p in sorted(site.glob('*.html'))}
+    "Dead links, anchors that occur twice, images without a text, and what a page would fetch from elsewhere"
+    soups = {p: BeautifulSoup(p.read_text(encoding='utf-8'), 'html.parser')
+             for p in sorted(site.glob('*.html'))}
     ids = {p: [t['id'] for t in soup.find_all(id=True)] for p, soup in soups.items()}
     for page, soup in soups.items():
-        found = [*_links(page, soup, ids, host), *(f'anchor #{i} occurs twice' for i in set(ids[page]) if ids[page].count(i) > 1)]
+        found = [*_links(page, soup, ids, host),
+                 *(f'anchor #{i} occurs twice' for i in set(ids[page]) if ids[page].count(i) > 1)]
         found += ['an image has no alt text' for t in soup.find_all('img') if not t.get('alt')]
-        fetched = {t.get('src') or t.get('href') for t in soup.select('script, img, iframe, link:not([rel=canonical])')} - {None, '#'}
+        loaders = soup.select('script, img, iframe, link:not([rel=canonical])')
+        fetched = {t.get('src') or t.get('href') for t in loaders} - {None, '#'}
         found += [f'fetches {url}' for url in fetched if urlsplit(url).netloc]
-        found += [f'{url} is missing' for url in fetched if not urlsplit(url).netloc and not (page.parent/unquote(urlsplit(url).path)).is_file()]
+        found += [f'{url} is missing' for url in fetched
+                  if not urlsplit(url).netloc and not (page.parent/unquote(urlsplit(url).path)).is_file()]
         yield from (f'{page.name}: {f}' for f in found)
     for css in site.glob('_static/**/*.css'):
-        yield from (f'{css.name}: fetches {url}' for url in re.findall(r'(?:@import|url\()\s*["\']?((?:https?:)?//[^"\')]+)', css.read_text()))
+        urls = re.findall(r'(?:@import|url\()\s*["\']?((?:https?:)?//[^"\')]+)', css.read_text())
+        yield from (f'{css.name}: fetches {url}' for url in urls)
 
 
 def build_site(out):
-    "Build the whole site anew; anything doubtful is an error. `out` is replaced only by a site without problems"
+    "Build the whole site anew; anything doubtful is an error. Only a site without problems replaces `out`"
     from nbdev.serve import proc_nbs
     from sphinx.cmd.build import main as sphinx
     cfg, processed = settings(), ROOT/'_proc'
@@ -72,7 +78,9 @@ def build_site(out):
     proc_nbs(n_workers=2)
     pages(cfg, processed, processed/'pages')
     html = processed/'html'
-    if status := sphinx(['-W', '--keep-going', '-q', '-c', 'docs', '-d', str(processed/'doctrees'), str(processed/'pages'), str(html)]): sys.exit(status)
+    args = ['-W', '--keep-going', '-q', '-c', 'docs', '-d', str(processed/'doctrees'),
+            str(processed/'pages'), str(html)]
+    if status := sphinx(args): sys.exit(status)
     for path in (html/'_static'/'mathjax').iterdir():                   # 20 MB of other formats
         if path.name != 'tex-svg.js': shutil.rmtree(path) if path.is_dir() else path.unlink()
     if found := list(problems(html, cfg['doc_host'])): sys.exit('\n'.join(found))

@@ -1,9 +1,11 @@
-"""Executes the notebooks on shapes10 and stores their outputs, or checks that the stored ones are what the code gives
+"""Executes the notebooks on shapes10 and stores their outputs, \
+or checks that the stored ones are what the code gives
 
     python docs/execute.py [--check] [notebook ...]
 
-Figures are compared by the data they draw, not by their pixels: lines, areas, bars, images and texts are summed up in a few numbers
-each, which are stored in the metadata of the figure's output. Cells flagged `eval: false`, `slow` or `cuda` are not run and keep their outputs.
+Figures are compared by the data they draw, not by their pixels: lines, areas, bars, images and texts are
+summed up in a few numbers each, which are stored in the metadata of the figure's output. Cells flagged
+`eval: false`, `slow` or `cuda` are not run and keep their outputs.
 """
 import argparse, base64, copy, inspect, io, math, os, re, sys, tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +20,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 MAX_SIZE = 300_000                                      # bytes of a notebook with its outputs
 DRAWN = 'application/x-drawn+json'
-ENV = dict(CIFAR_NBDEV_DATA='shapes10', TQDM_DISABLE='1', OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore', PYDEVD_DISABLE_FILE_VALIDATION='1')
+ENV = dict(CIFAR_NBDEV_DATA='shapes10', TQDM_DISABLE='1', OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore',
+           PYDEVD_DISABLE_FILE_VALIDATION='1')
 _SKIP = re.compile(r'^#\|\s*(?:eval:\s*false|slow|cuda)\b|^[^#\n]*nbdev_export\(\)', re.M)
 
 
@@ -30,7 +33,7 @@ def hook(mime):
     from traitlets import Unicode
 
     def numbers(array):
-        "Size, lowest, highest, mean, and a mean with growing weights, which depends on the order; of points, for each coordinate"
+        "Size, lowest, highest, mean, a mean with growing weights (tells the order); of points, by coordinate"
         a = np.ma.filled(np.ma.asarray(array, dtype=float), np.nan)
         if a.ndim == 2 and a.shape[1] == 2: return numbers(a[:, 0]) + numbers(a[:, 1])
         a = a[np.isfinite(a)]
@@ -45,14 +48,15 @@ def hook(mime):
             if ax.get_legend(): texts += [t.get_text() for t in ax.get_legend().get_texts()]
             found.append(['axes', *texts, *(float(f'{v:.5g}') for v in (*ax.get_xlim(), *ax.get_ylim()))])
             found += [['line', *numbers(line.get_xydata())] for line in ax.lines]
-            found += [['bar', *numbers(p.get_patch_transform().transform(p.get_path().vertices))] for p in ax.patches]
+            found += [['bar', *numbers(p.get_patch_transform().transform(p.get_path().vertices))]
+                      for p in ax.patches]
             found += [['image', *numbers(i.get_array())] for i in ax.images]
             for c in ax.collections:
-                found.append(['area', *(n for part in (*(p.vertices for p in c.get_paths()), c.get_offsets(), c.get_array())
-                                        if part is not None for n in numbers(part))])
+                parts = (*(p.vertices for p in c.get_paths()), c.get_offsets(), c.get_array())
+                found.append(['area', *(n for part in parts if part is not None for n in numbers(part))])
         return found
 
-    class DrawnFormatter(BaseFormatter):                # not `for_type`: IPython forgets that when a figure format is chosen
+    class DrawnFormatter(BaseFormatter):                # not `for_type`: choosing a figure format undoes that
         format_type = Unicode(mime)
         def __call__(self, obj):
             if type(obj).__module__ == 'matplotlib.figure': return drawn(obj)
@@ -66,8 +70,9 @@ def _hook_cell():
 
 
 def _tidy(outputs):
-    "Outputs as they are stored: no standard error, no widgets, no counts; what a figure draws goes into its metadata"
-    outputs = [o for o in outputs if o.get('name') != 'stderr' and 'application/vnd.jupyter.widget-view+json' not in o.get('data', {})]
+    "Outputs as stored: no standard error, no widgets, no counts; what a figure draws goes into its metadata"
+    widget = 'application/vnd.jupyter.widget-view+json'
+    outputs = [o for o in outputs if o.get('name') != 'stderr' and widget not in o.get('data', {})]
     for o in outputs:
         if 'execution_count' in o: o.execution_count = None
         if DRAWN in o.get('data', {}): o.metadata['drawn'] = o.data.pop(DRAWN)
@@ -78,7 +83,8 @@ def _tidy(outputs):
 def _small(png):
     "A base64 PNG in 256 colours, which is a third of the size and looks the same"
     with io.BytesIO() as f:
-        Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB').quantize(256, dither=Image.Dither.NONE).save(f, 'PNG', optimize=True)
+        image = Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB')
+        image.quantize(256, dither=Image.Dither.NONE).save(f, 'PNG', optimize=True)
         return min(base64.b64encode(f.getvalue()).decode(), png.replace('\n', ''), key=len)
 
 
@@ -89,7 +95,8 @@ def execute(path):
     for cell in ran.cells:
         if _SKIP.search(cell.source): cell.metadata['tags'] = ['skip-execution']
     ran.cells.insert(0, _hook_cell())
-    NotebookClient(ran, timeout=600, kernel_name='python3', store_widget_state=False, extra_arguments=['--log-level=ERROR'],
+    NotebookClient(ran, timeout=600, kernel_name='python3', store_widget_state=False,
+                   extra_arguments=['--log-level=ERROR'],
                    resources={'metadata': {'path': str(path.parent)}}).execute()
     for cell, new in zip(nb.cells, ran.cells[1:]):
         if cell.cell_type == 'code': cell.outputs = _tidy(new.outputs)
@@ -106,7 +113,8 @@ def _text(data):
 def _same(a, b):
     "Are what two figures draw alike? Numbers may differ by rounding"
     if isinstance(a, list) and isinstance(b, list): return len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, (int, float)) and isinstance(b, (int, float)): return math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-6)
+    if isinstance(a, (int, float)) and isinstance(b, (int, float)):
+        return math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-6)
     return a == b
 
 
@@ -123,8 +131,11 @@ def differences(stored, fresh):
     "What is stored in a notebook but is not what its code gives, cell by cell"
     for i, (old, new) in enumerate(zip(stored.cells, fresh.cells)):
         a, b = list(_contents(old)), list(_contents(new))
-        if [k for k, _ in a] != [k for k, _ in b]: yield f'cell {i}: stored outputs are {[k for k, _ in a]}, the code gives {[k for k, _ in b]}'
-        else: yield from (f'cell {i}, {kind}:\n  stored {_first(x, y)}\n  now    {_first(y, x)}' for (kind, x), (_, y) in zip(a, b) if not _same(x, y))
+        had, has = ([kind for kind, _ in contents] for contents in (a, b))
+        if had != has: yield f'cell {i}: stored outputs are {had}, the code gives {has}'
+        else:
+            yield from (f'cell {i}, {kind}:\n  stored {_first(x, y)}\n  now    {_first(y, x)}'
+                        for (kind, x), (_, y) in zip(a, b) if not _same(x, y))
 
 
 def _first(x, y):
@@ -137,12 +148,15 @@ def _first(x, y):
 
 def complaints(nb):
     "What must not be stored: figures without a picture, paths of this machine, and too much"
+    here = (str(ROOT), str(Path.home()) + '/', tempfile.gettempdir() + '/')
     for i, cell in enumerate(nb.cells):
-        if '#| fig-cap:' in cell.source and 'figure' not in dict(_contents(cell)): yield f'cell {i}: has a caption but shows no figure'
+        if '#| fig-cap:' in cell.source and 'figure' not in dict(_contents(cell)):
+            yield f'cell {i}: has a caption but shows no figure'
         for kind, text in _contents(cell):
-            if kind != 'figure' and any(p in text for p in (str(ROOT), str(Path.home()) + '/', tempfile.gettempdir() + '/')):
+            if kind != 'figure' and any(p in text for p in here):
                 yield f'cell {i}: its output has a path of this machine in it'
-    if (size := len(nbformat.writes(nb).encode())) > MAX_SIZE: yield f'{size:,} bytes with its outputs, wanted at most {MAX_SIZE:,}'
+    if (size := len(nbformat.writes(nb).encode())) > MAX_SIZE:
+        yield f'{size:,} bytes with its outputs, wanted at most {MAX_SIZE:,}'
 
 
 def run(path, check):
@@ -163,12 +177,14 @@ def run(path, check):
 def main(argv=None):
     "The command line; the exit status is 1 if anything is wrong"
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument('--check', action='store_true', help='store nothing, fail if a stored output is not what the code gives')
+    p.add_argument('--check', action='store_true',
+                   help='store nothing, fail if a stored output is not what the code gives')
     p.add_argument('notebooks', nargs='*', type=Path, help='default: all in nbs/')
     args = p.parse_args(argv)
     os.environ.update(ENV)
+    notebooks = args.notebooks or sorted((ROOT/'nbs').glob('[!._]*.ipynb'))
     with ThreadPoolExecutor(2) as pool:
-        wrong = sum(pool.map(lambda path: run(path.resolve(), args.check), args.notebooks or sorted((ROOT/'nbs').glob('[!._]*.ipynb'))), [])
+        wrong = sum(pool.map(lambda path: run(path.resolve(), args.check), notebooks), [])
     print(*wrong, sep='\n', file=sys.stderr)
     return int(bool(wrong))
 

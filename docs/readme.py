@@ -20,7 +20,8 @@ def readme(nb):
         if 'fig-alt' in options: alts.append(options['fig-alt'])
         cells.append(cell)
     nb.cells, nb.metadata.language_info = cells, {'name': 'python'}
-    exporter = MarkdownExporter(preprocessors=[TagRemovePreprocessor(enabled=True, remove_input_tags={'remove-input'})])
+    remover = TagRemovePreprocessor(enabled=True, remove_input_tags={'remove-input'})
+    exporter = MarkdownExporter(preprocessors=[remover])
     text, resources = exporter.from_notebook_node(nb, {'unique_key': 'index', 'output_files_dir': 'docs'})
     for alt in alts: text = text.replace('![png]', f'![{alt}]', 1)
     return _NOTE + re.sub(r'\s*\n\n\s*?(?=\S)', '\n\n', text.strip()) + '\n', resources['outputs']

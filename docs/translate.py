@@ -10,13 +10,13 @@ from nbformat.v4 import new_markdown_cell
 
 WIDGET = 'application/vnd.jupyter.widget-view+json'
 _OPTION = re.compile(r'#\|\s*([\w-]+)(?::[ \t]*(.+))?')
-_NO_EFFECT = {'eval', 'code-summary', 'message', 'warning', 'slow', 'cuda'}     # of no meaning where nothing is run
+_NO_EFFECT = {'eval', 'code-summary', 'message', 'warning', 'slow', 'cuda'}     # here, where nothing is run
 _CODE_LINK = re.compile(r'\[`([^`]+)`\]\([^)]*\)')
 _ENTRY = re.compile(r'---\s+(?:\[source\]\((?P<source>[^)]*)\)\S*[^}]*\}\s+)?(?P<level>#+) (?P<name>\S+)\n')
 
 
 def pop_options(cell):
-    "Cut the leading `#| name: value` lines off a code cell; a dict of them, with None where there is no value"
+    "Cut the leading `#| name: value` lines off a code cell; a dict of them, None where there is no value"
     lines, options = cell.source.splitlines(), {}
     while lines and (m := _OPTION.match(lines[0])):
         options[m[1]] = yaml.safe_load(m[2]) if m[2] else None
@@ -37,12 +37,14 @@ def page_name(path, front):
 
 
 def _stub(node, lines):
-    "Source of a function or class without what it does: signature, fields, and the public methods with their docstrings"
+    "Source of a function or class without what it does: signature, fields, public methods with docstrings"
     first = node.decorator_list[0] if node.decorator_list else node
     if isinstance(node, ast.ClassDef):
         header = lines[first.lineno - 1:node.lineno]
-        fields = [line for n in node.body if isinstance(n, ast.AnnAssign) for line in lines[n.lineno - 1:n.end_lineno]]
-        methods = [n for n in node.body if isinstance(n, ast.FunctionDef) and (n.name == '__init__' or n.name[0] != '_')]
+        fields = [line for n in node.body if isinstance(n, ast.AnnAssign)
+                  for line in lines[n.lineno - 1:n.end_lineno]]
+        methods = [n for n in node.body
+                   if isinstance(n, ast.FunctionDef) and (n.name == '__init__' or n.name[0] != '_')]
         inner = [line for n in methods for line in [*_stub(n, lines), *_docstring(n, lines)]]
         return [*header, *fields, *inner] if fields or inner else [header[-1].rstrip(':'), *header[:-1]][:1]
     body = node.body[0]
@@ -61,7 +63,8 @@ def stubs(library):
     for path in library.glob('*.py'):
         lines = path.read_text(encoding='utf-8').splitlines()
         for node in ast.parse('\n'.join(lines)).body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)): found[path.name, node.name] = '\n'.join(_stub(node, lines))
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                found[path.name, node.name] = '\n'.join(_stub(node, lines))
     return found
 
 
@@ -82,7 +85,8 @@ class Translator:
         text = re.sub(r'^(:{3,}) *\{\.callout-(\w+)([^}]*)\}', _callout, text, flags=re.M)
         text = re.sub(r'^(#+ .*?) *\{([#.][^}]*)\} *$', r'{\2}\n\1', text, flags=re.M)
         text = re.sub(r'(?<![\w`])@((?:fig|tbl)-[\w-]*\w)', r'{numref}`\1`', text)
-        page = rf'(?:`([\w.]+)(?:\(\))?`)?\]\((?:{re.escape(self.site)}/)?(?:(?:\d+[a-z]*_)?([\w-]+)\.ipynb|([\w-]+)\.html)(#[^)]*)?\)'
+        page = (rf'(?:`([\w.]+)(?:\(\))?`)?\]\((?:{re.escape(self.site)}/)?'
+                r'(?:(?:\d+[a-z]*_)?([\w-]+)\.ipynb|([\w-]+)\.html)(#[^)]*)?\)')
         return re.sub(page, self._link, text)
 
     def _link(self, m):
@@ -92,13 +96,15 @@ class Translator:
         return f'{text}]({notebook or html}.ipynb{anchor or ""})'
 
     def entry(self, text):
-        "What `show_doc` says of a function or class, with nbdev's anchor and the signature as it stands in the library"
+        "What `show_doc` says of a function or class, with nbdev's anchor and the library's own signature"
         m = _ENTRY.match(text)
         if not m: return text
         name, source = m['name'], m['source'] or ''
-        rest = re.sub(r'^```.*?^```', lambda code: _CODE_LINK.sub(r'\1', code[0]), text[m.end():], count=1, flags=re.M | re.S)
+        rest = re.sub(r'^```.*?^```', lambda code: _CODE_LINK.sub(r'\1', code[0]), text[m.end():],
+                      count=1, flags=re.M | re.S)
         if stub := self.stubs.get((source.split('#')[0].split('/')[-1], name)):
-            rest = re.sub(r'^```.*?^```', lambda _: f'```python\n{stub}\n```', rest, count=1, flags=re.M | re.S)
+            rest = re.sub(r'^```.*?^```', lambda _: f'```python\n{stub}\n```', rest,
+                          count=1, flags=re.M | re.S)
         link = f'[source]({source}){{.source}}' if source else ''
         return f'{{#{self.anchors.get(name, name.lower())} .entry}}\n{m["level"]} {name}\n\n{link}\n\n{rest}'
 
@@ -113,31 +119,40 @@ class Translator:
         if options.get('output') == 'asis':
             texts = [o.get('text') or o.data['text/markdown'] for o in cell.outputs]
             line = re.search(r'#L(\d+)', texts[0]) if texts else None
-            return new_markdown_cell(self.markdown(self.entry('\n\n'.join(texts))), metadata={'line': int(line[1])} if line else {})
-        shown = {'remove-input': options.pop('echo', True) is False, 'hide-input': options.pop('code-fold', None) is True,
+            return new_markdown_cell(self.markdown(self.entry('\n\n'.join(texts))),
+                                     metadata={'line': int(line[1])} if line else {})
+        shown = {'remove-input': options.pop('echo', True) is False,
+                 'hide-input': options.pop('code-fold', None) is True,
                  'remove-output': options.pop('output', True) is False}
         cell.metadata.update(tags=[tag for tag, on in shown.items() if on], mystnb=_figure(options))
-        cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr' and WIDGET not in o.get('data', {})]
+        cell.outputs = [o for o in cell.outputs
+                        if o.get('name') != 'stderr' and WIDGET not in o.get('data', {})]
         for o in cell.outputs:
-            if 'dataframe' in o.get('data', {}).get('text/html', ''): o.data['text/html'] = _table(o.data['text/html'])
-        if unknown := options.keys() - _NO_EFFECT: raise ValueError(f'#| {", ".join(unknown)}: docs/translate.py does not know it, in\n{cell.source}')
+            if 'dataframe' in o.get('data', {}).get('text/html', ''):
+                o.data['text/html'] = _table(o.data['text/html'])
+        if unknown := options.keys() - _NO_EFFECT:
+            raise ValueError(f'#| {", ".join(unknown)}: docs/translate.py does not know it, '
+                             f'in\n{cell.source}')
         return cell
 
     def notebook(self, nb, path):
-        "A whole notebook for myst-nb, titled and described by its front matter, with a link to where it came from"
+        "A whole notebook for myst-nb, titled and described by its front matter, with a link to its source"
         front, cfg = front_matter(nb), self.cfg
         cells = [c for cell in nb.cells if (c := self.cell(cell))]
-        nb.cells = [c for _, run in groupby(cells, lambda c: 'line' in c.metadata) for c in sorted(run, key=lambda c: c.metadata.get('line', 0))]
+        nb.cells = [c for _, run in groupby(cells, lambda c: 'line' in c.metadata)
+                    for c in sorted(run, key=lambda c: c.metadata.get('line', 0))]
         if not any(c.cell_type == 'markdown' and c.source.startswith('# ') for c in nb.cells):
             nb.cells.insert(0, new_markdown_cell(f"# {front['title']}\n\n> {front.get('description', '')}"))
         link = f"[notebook]({cfg['git_url']}/blob/{cfg['branch']}/{cfg['nbs_path']}/{path.name}){{.source}}"
-        nb.cells[0].source = re.sub(r'^# .*$', lambda m: f'{m[0]}\n\n{link}', nb.cells[0].source, count=1, flags=re.M)
-        nb.metadata = NotebookNode(kernelspec=nb.metadata.kernelspec, myst={'html_meta': {'description': front.get('description', '')}})
+        nb.cells[0].source = re.sub(r'^# .*$', lambda m: f'{m[0]}\n\n{link}', nb.cells[0].source,
+                                    count=1, flags=re.M)
+        nb.metadata = NotebookNode(kernelspec=nb.metadata.kernelspec,
+                                   myst={'html_meta': {'description': front.get('description', '')}})
         return nb
 
 
 def _table(html):
-    "A pandas table with one row of headings, columns of text to the left, and the name of its columns as caption"
+    "A pandas table with one row of headings, columns of text to the left, its columns' name as caption"
     table = BeautifulSoup(html, 'html.parser').table
     head, body = table.thead.find_all('tr'), table.tbody.find_all('tr')
     if len(head) == 2:                                  # the second row has nothing but the index's name

@@ -1,4 +1,4 @@
-"""What several test files share: small data, an environment without the user's settings, Python in a process of its own"""
+"""What tests share: small data, an environment without the user's settings, Python in a process of its own"""
 import hashlib, os, subprocess, sys
 from pathlib import Path
 

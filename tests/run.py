@@ -1,4 +1,4 @@
-"""All tests: nbdev_test on each notebook, then pytest; the last line counts what passed (`make test` calls this)"""
+"""All tests: nbdev_test on each notebook, then pytest; the last line counts what passed (for `make test`)"""
 import os, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def data_used():
     "Which data the notebooks get from `load_data(download=False)`"
     code = "from cifar_nbdev.data import load_data; print(load_data(download=False))"
-    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=ROOT/'nbs', capture_output=True, text=True)
+    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=ROOT/'nbs',
+                       capture_output=True, text=True)
     return r.stdout.strip() or r.stderr.strip().splitlines()[-1]
 
 
@@ -39,14 +40,15 @@ class Count:
 def main():
     "Run everything; 0 if all passed"
     source = os.environ.get('CIFAR_NBDEV_DATA', '')
-    if Path(source).is_file(): os.environ['CIFAR_NBDEV_DATA'] = str(Path(source).resolve())     # the notebooks run in nbs/
+    if Path(source).is_file():                          # the notebooks run in nbs/
+        os.environ['CIFAR_NBDEV_DATA'] = str(Path(source).resolve())
     os.chdir(ROOT)
     notebooks, count = sorted((ROOT/'nbs').glob('[!.]*.ipynb')), Count()
     print(f'{len(notebooks)} notebooks, on {data_used()}', flush=True)
     with ThreadPoolExecutor(2) as pool: done = list(pool.map(notebook, notebooks))
     status = pytest.main(['tests', '-q', '--durations=5'], plugins=[count])
     passed, failed = sum(done) + count.passed, len(done) - sum(done) + count.failed
-    if not done or status and not count.failed: failed += 1     # no notebooks, no tests, or pytest itself broke
+    if not done or status and not count.failed: failed += 1   # no notebooks, no tests, or pytest itself broke
     print(f'{passed} passed, {failed} failed' + f', {count.skipped} skipped' * (count.skipped > 0))
     return int(failed > 0)
 

@@ -1,4 +1,4 @@
-"""The command `cifar_report`: what a good run writes and says, and that a bad one says why and destroys nothing"""
+"""What a good run of `cifar_report` writes and says, and that a bad one says why and destroys nothing"""
 import base64, io, json, os, re, signal, subprocess, sys, time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,7 +11,8 @@ import torch
 from cifar_nbdev.data import DataError, ImageData, dataloaders, load_data, progress_bar, shapes10
 from cifar_nbdev.model import ImageClassifier
 from cifar_nbdev.report import cifar_report, reproduce
-from cifar_nbdev.train import evaluate, fit, load_runs, load_weights, pick_device, save_weights, sweep, weights_sha256
+from cifar_nbdev.train import (evaluate, fit, load_runs, load_weights, pick_device, save_weights, sweep,
+                               weights_sha256)
 from conftest import arrays, clean_env, hashes, save_npz
 
 COMMAND = Path(sys.executable).with_name('cifar_report.exe' if os.name == 'nt' else 'cifar_report')
@@ -80,7 +81,8 @@ def test_a_bar_where_somebody_watches(monkeypatch, capsys):
 
 def test_the_page_needs_nothing_else(good):
     html, page = read_page(good)
-    links = [v for _, a in page.tags for k, v in a.items() if k in ('src', 'href', 'srcset', 'data', 'poster', 'action')]
+    sources = ('src', 'href', 'srcset', 'data', 'poster', 'action')
+    links = [v for _, a in page.tags for k, v in a.items() if k in sources]
     assert len(links) == 3 and all(link.startswith('data:image/') for link in links)
     assert not {'script', 'link', 'iframe', 'base', 'object'} & {t for t, _ in page.tags}
     assert not re.search(r'url\(|@import|http-equiv', html)
@@ -90,15 +92,18 @@ def test_the_page_shows_the_figures_that_are_beside_it(good):
     _, page = read_page(good)
     images = [a for t, a in page.tags if t == 'img']
     shown = [base64.b64decode(a['src'].split(',', 1)[1]) for a in images]
-    assert shown == [(good[0]/'report'/'figures'/f).read_bytes() for f in ('a-lr0.005.svg', 'b-lr0.01.svg', 'c-lr0.0001.svg')]
+    files = ('a-lr0.005.svg', 'b-lr0.01.svg', 'c-lr0.0001.svg')
+    assert shown == [(good[0]/'report'/'figures'/f).read_bytes() for f in files]
     assert all(NAME in a['alt'] for a in images)
-    assert [page.text.index(f'({c}) Learning rate') for c in 'abc'] == sorted(page.text.index(f'({c}) Learning rate') for c in 'abc')
+    places = [page.text.index(f'({c}) Learning rate') for c in 'abc']
+    assert places == sorted(places)
 
 
 def test_the_page_says_what_ran_on_what(good):
     _, page = read_page(good)
     run = load_runs(good[0]/'report'/'runs')[0]
-    for said in ('300 training and 100 test images', '2 epochs', run['data']['sha256'][:16], torch.__version__, '3 of 3 runs were trained'):
+    for said in ('300 training and 100 test images', '2 epochs', run['data']['sha256'][:16],
+                 torch.__version__, '3 of 3 runs were trained'):
         assert said in page.text
     assert all(r['weights_sha256'][:12] in page.text for r in load_runs(good[0]/'report'/'runs'))
 
@@ -107,9 +112,10 @@ def test_it_says_everywhere_that_this_is_not_cifar10(good):
     folder, said = good
     html, page = read_page(good)
     assert 'This is NOT CIFAR-10' in said.stdout and '--data cifar10' in said.stdout
-    assert 'This is not CIFAR-10' in page.text[:page.text.index('Loss and accuracy')] and '--data cifar10' in page.text
+    assert 'This is not CIFAR-10' in page.text[:page.text.index('Loss and accuracy')]
+    assert '--data cifar10' in page.text
     assert 'not CIFAR-10' in html[html.index('<title>'):html.index('</title>')]
-    for svg in (folder/'report'/'figures').glob('*.svg'):       # letters are drawn as paths, with the text as a comment
+    for svg in (folder/'report'/'figures').glob('*.svg'):       # letters are paths, the text is a comment
         assert f'<!-- {NAME}, not CIFAR-10 -->' in svg.read_text(encoding='utf-8')
     assert 'not CIFAR-10' in (folder/'report'/'table.md').read_text(encoding='utf-8')
 
@@ -117,7 +123,8 @@ def test_it_says_everywhere_that_this_is_not_cifar10(good):
 def test_figures_are_pictures(good):
     from PIL import Image
     for png in (good[0]/'report'/'figures').glob('*.png'):
-        with Image.open(png) as image: assert min(image.size) > 500 and len(image.convert('RGB').getcolors(1 << 20)) > 10
+        with Image.open(png) as image:
+            assert min(image.size) > 500 and len(image.convert('RGB').getcolors(1 << 20)) > 10
 
 
 def test_the_table_agrees_with_the_runs(good):
@@ -182,11 +189,14 @@ def bad_npz(small, path, key, value):
 def not_a_number_of_images(y): return y[:-1]
 
 NPZ = dict(
-    shape=('x_train', lambda x: x[:, :16], '(300, 16, 32, 3)'), flat=('x_test', lambda x: x.reshape(100, -1), '(100, 3072)'),
-    grey=('x_train', lambda x: x[..., :1], '(300, 32, 32, 1)'), dtype=('x_train', lambda x: x.astype(np.float32), 'float32'),
+    shape=('x_train', lambda x: x[:, :16], '(300, 16, 32, 3)'),
+    flat=('x_test', lambda x: x.reshape(100, -1), '(100, 3072)'),
+    grey=('x_train', lambda x: x[..., :1], '(300, 32, 32, 1)'),
+    dtype=('x_train', lambda x: x.astype(np.float32), 'float32'),
     none=('x_test', lambda x: x[:0], '(0, 32, 32, 3)'), label=('y_train', lambda y: y + 1, '1 to 10'),
     negative=('y_test', lambda y: y - 1, '-1 to 8'), float_label=('y_train', lambda y: y / 1, 'float64'),
-    one_hot=('y_train', lambda y: np.eye(10, dtype=int)[y], '(300, 10)'), fewer=('y_test', not_a_number_of_images, '(99,)'),
+    one_hot=('y_train', lambda y: np.eye(10, dtype=int)[y], '(300, 10)'),
+    fewer=('y_test', not_a_number_of_images, '(99,)'),
     pickled=('y_test', lambda y: np.array([Bomb()] * len(y)), 'pickle'))
 
 
@@ -206,14 +216,17 @@ def damaged(small, path):
 FILES = dict(
     truncated=(truncated, 'whole'), damaged=(damaged, 'whole'),
     keys=(lambda small, path: np.savez(path, images=arrays(small)['x_train']), 'y_train'),
-    text=(lambda small, path: path.write_text('x_train'), 'whole'), empty=(lambda small, path: path.write_bytes(b''), 'whole'),
+    text=(lambda small, path: path.write_text('x_train'), 'whole'),
+    empty=(lambda small, path: path.write_bytes(b''), 'whole'),
     folder=(lambda small, path: path.mkdir(), 'folder'), missing=(lambda small, path: None, 'no such file'))
 
 OPTIONS = {
-    '--data cifar100': 'cifar100', '--lrs 0': 'lr', '--lrs -0.005': '-0.005', '--lrs nan': 'nan', '--lrs inf': 'inf', '--lrs fast': 'fast',
-    '--lrs ,': 'lr', '--lrs 0.005 0': 'lr', '--epochs 0': 'epochs', '--epochs -1': '-1', '--epochs 1.5': '1.5', '--epochs many': 'many',
-    '--seeds -1': 'seed', '--seeds x': 'x', '--seeds ,': 'seed', '--workers 0': 'workers', '--device tpu': 'tpu', '--device cuda:99': 'cuda:99',
-    '--device cuda:x': 'cuda:x', '--device meta': 'meta', '--bs 0': '--bs', 'more': 'more', '--out small.npz': 'small.npz',
+    '--data cifar100': 'cifar100', '--lrs 0': 'lr', '--lrs -0.005': '-0.005', '--lrs nan': 'nan',
+    '--lrs inf': 'inf', '--lrs fast': 'fast', '--lrs ,': 'lr', '--lrs 0.005 0': 'lr', '--epochs 0': 'epochs',
+    '--epochs -1': '-1', '--epochs 1.5': '1.5', '--epochs many': 'many', '--seeds -1': 'seed',
+    '--seeds x': 'x', '--seeds ,': 'seed', '--workers 0': 'workers', '--device tpu': 'tpu',
+    '--device cuda:99': 'cuda:99', '--device cuda:x': 'cuda:x', '--device meta': 'meta', '--bs 0': '--bs',
+    'more': 'more', '--out small.npz': 'small.npz',
     '--out small.npz/below': 'below', '--out': '--out'}
 
 
@@ -221,7 +234,8 @@ def refused(good, capfd, *args):
     "Run the command in this process: status 2, an error of one or two lines, nothing changed; the error"
     before = hashes(good[0])
     folders = {p for p in good[0].rglob('*') if p.is_dir()}
-    with pytest.raises(SystemExit) as e: cifar_report(['--data', 'small.npz', '--epochs', '2', '--device', 'cpu', *args])
+    with pytest.raises(SystemExit) as e:
+        cifar_report(['--data', 'small.npz', '--epochs', '2', '--device', 'cpu', *args])
     out, err = capfd.readouterr()
     assert e.value.code == 2 and out == ''
     assert err.startswith('cifar_report: ') and err.endswith('\n') and len(err.splitlines()) in (1, 2), err
@@ -269,10 +283,12 @@ def test_a_loss_that_is_not_finite_ends_one_run_only(good, capfd, monkeypatch):
     with pytest.raises(SystemExit) as e:
         cifar_report('--data small.npz --lrs 1e30 0.02 --epochs 2 --device cpu --workers 1'.split())
     err = capfd.readouterr().err
-    assert e.value.code == 2 and err.startswith('cifar_report: 1 of 2 runs failed') and len(err.splitlines()) == 2
+    assert e.value.code == 2 and err.startswith('cifar_report: 1 of 2 runs failed')
+    assert len(err.splitlines()) == 2
     assert 'epoch 1, step' in err and '1e+30' in err
     after = hashes(good[0])
-    assert {k: after.get(k) for k in before} == before and {k.split('-')[1] for k in after.keys() - before} == {'lr0.02'}
+    assert {k: after.get(k) for k in before} == before
+    assert {k.split('-')[1] for k in after.keys() - before} == {'lr0.02'}
 
 
 def test_a_damaged_run_is_named(good, capfd, monkeypatch, tmp_path):
@@ -287,7 +303,8 @@ def test_a_damaged_run_is_named(good, capfd, monkeypatch, tmp_path):
 # The library's side: typed exceptions
 
 @pytest.mark.parametrize('error, call', [
-    (ValueError, lambda d, p: load_data('cifar100')), (FileNotFoundError, lambda d, p: load_data(p/'none.npz')),
+    (ValueError, lambda d, p: load_data('cifar100')),
+    (FileNotFoundError, lambda d, p: load_data(p/'none.npz')),
     (DataError, lambda d, p: load_data(bad_npz(d, p/'bad.npz', 'y_train', lambda y: y + 1))),
     (ValueError, lambda d, p: load_data(save_npz(p/'a.npz', d), name='CIFAR-10')),
     (ValueError, lambda d, p: fit(ImageClassifier(), dataloaders(d), lr=0)),
@@ -296,7 +313,8 @@ def test_a_damaged_run_is_named(good, capfd, monkeypatch, tmp_path):
     (ValueError, lambda d, p: dataloaders(d, bs=0)), (ValueError, lambda d, p: dataloaders(d, bs=1.5)),
     (ValueError, lambda d, p: dataloaders(d, num_workers=-1)),
     (ValueError, lambda d, p: pick_device('tpu')), (ValueError, lambda d, p: pick_device('cuda:99')),
-    (ValueError, lambda d, p: sweep(d, [.01], reading='none')), (ValueError, lambda d, p: sweep(d, [.01], bs=0)),
+    (ValueError, lambda d, p: sweep(d, [.01], reading='none')),
+    (ValueError, lambda d, p: sweep(d, [.01], bs=0)),
     (OSError, lambda d, p: reproduce(d, out=save_npz(p/'a.npz', d)/'below')),
     (FileNotFoundError, lambda d, p: load_weights(ImageClassifier(), p/'none.safetensors'))])
 def test_typed_exceptions(small, tmp_path, error, call):
@@ -304,7 +322,8 @@ def test_typed_exceptions(small, tmp_path, error, call):
     assert str(e.value)
 
 
-@pytest.mark.parametrize('other', [dict(branches=3), dict(reading='no gate'), dict(reading='two heads'), dict(classes=100), dict(kernel_size=3)])
+@pytest.mark.parametrize('other', [dict(branches=3), dict(reading='no gate'), dict(reading='two heads'),
+                                   dict(classes=100), dict(kernel_size=3)])
 def test_weights_of_another_model_are_refused(tmp_path, other):
     save_weights(ImageClassifier(**other), tmp_path/'other.safetensors')
     model = ImageClassifier(seed=0)
@@ -316,18 +335,21 @@ def test_weights_of_another_model_are_refused(tmp_path, other):
 @pytest.mark.parametrize('content', [b'', b'\0' * 100, b'half'])
 def test_a_file_that_holds_no_weights_is_refused(tmp_path, content):
     (tmp_path/'bad.safetensors').write_bytes(content)
-    with pytest.raises(ValueError, match='not a whole'): load_weights(ImageClassifier(), tmp_path/'bad.safetensors')
+    with pytest.raises(ValueError, match='not a whole'):
+        load_weights(ImageClassifier(), tmp_path/'bad.safetensors')
 
 
 # Interrupt
 
 @pytest.mark.skipif(os.name == 'nt', reason='POSIX signals')
-@pytest.mark.parametrize('kill', [os.kill, getattr(os, 'killpg', None)], ids=['the command alone', 'Ctrl-C in a terminal'])
+@pytest.mark.parametrize('kill', [os.kill, getattr(os, 'killpg', None)],
+                         ids=['the command alone', 'Ctrl-C in a terminal'])
 def test_an_interrupt_keeps_what_is_finished(tmp_path, kill):
     save_npz(tmp_path/'data.npz', shapes10(1000, 100), name=NAME)
     args = '--data data.npz --lrs 0.005 0.01 0.0001 0.001 --epochs 8 --device cpu --workers 1'.split()
     process = subprocess.Popen([COMMAND, *args], cwd=tmp_path, env=clean_env(), start_new_session=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),     # a shell's background jobs ignore it
+                               # a shell's background jobs ignore it
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (finished := list((tmp_path/'report'/'runs').glob('[!.]*.json'))):
         assert process.poll() is None, process.stderr.read()

@@ -98,7 +98,8 @@ def serve():
 
 def get(path, *servers, body=BODY, floor=300_000, timeout=.5, grace=.2):
     "`download` from `servers`, with short times"
-    return download([s.url for s in servers], path, hashlib.md5(body).hexdigest(), len(body), timeout, floor, grace)
+    return download([s.url for s in servers], path, hashlib.md5(body).hexdigest(), len(body),
+                    timeout, floor, grace)
 
 
 def test_a_good_source_gives_the_file(serve, tmp_path):
@@ -111,9 +112,11 @@ def test_a_length_is_not_needed(serve, tmp_path):
 
 
 @pytest.mark.parametrize('answer, said', [
-    (not_found, '404'), (wrong_bytes, 'has MD5'), (wrong_length, f'{len(BODY) + 1:,} bytes long, wanted {len(BODY):,}'),
-    (nonsense_length, 'much'), (closed_half_way, f'ended after {len(BODY) // 2:,} of {len(BODY):,}'), (silent, 'timed out'),
-    (stalled, 'timed out'), (not_http, 'hello'), (endless, 'ended after')], ids=lambda a: getattr(a, '__name__', ''))
+    (not_found, '404'), (wrong_bytes, 'has MD5'),
+    (wrong_length, f'{len(BODY) + 1:,} bytes long, wanted {len(BODY):,}'), (nonsense_length, 'much'),
+    (closed_half_way, f'ended after {len(BODY) // 2:,} of {len(BODY):,}'), (silent, 'timed out'),
+    (stalled, 'timed out'), (not_http, 'hello'), (endless, 'ended after')],
+    ids=lambda a: getattr(a, '__name__', ''))
 def test_a_bad_source_alone_is_an_error_and_leaves_nothing(serve, tmp_path, answer, said):
     server = serve(answer)
     with pytest.raises(DownloadError) as e: get(tmp_path/'file', server)
@@ -121,7 +124,8 @@ def test_a_bad_source_alone_is_an_error_and_leaves_nothing(serve, tmp_path, answ
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('answer', [not_found, wrong_bytes, wrong_length, closed_half_way, silent, stalled, not_http, endless])
+@pytest.mark.parametrize('answer', [not_found, wrong_bytes, wrong_length, closed_half_way, silent, stalled,
+                                    not_http, endless])
 def test_after_a_bad_source_comes_the_next(serve, tmp_path, answer):
     bad, ok, never = serve(answer), serve(good), serve(good)
     assert get(tmp_path/'file', bad, ok, never).read_bytes() == BODY
@@ -136,7 +140,8 @@ def test_a_source_below_the_floor_is_left(serve, tmp_path):
 
 def test_the_last_source_may_be_slow(serve, tmp_path):
     body = BODY[:3000]
-    assert get(tmp_path/'file', serve(not_found), serve(trickling, body), body=body, grace=.1).read_bytes() == body
+    path = get(tmp_path/'file', serve(not_found), serve(trickling, body), body=body, grace=.1)
+    assert path.read_bytes() == body
 
 
 def test_a_source_above_the_floor_is_kept(serve, tmp_path):
@@ -209,7 +214,8 @@ def is_official(d, files):
     train = [pickle.loads(files[f'data_batch_{i}']) for i in range(1, 6)]
     test = pickle.loads(files['test_batch'])
     return (d.name == 'CIFAR-10' and d.classes == data.CLASSES
-            and torch.equal(d.x_train.flatten(1), torch.from_numpy(np.concatenate([t['data'] for t in train])))
+            and torch.equal(d.x_train.flatten(1),
+                            torch.from_numpy(np.concatenate([t['data'] for t in train])))
             and d.y_train.tolist() == sum((t['labels'] for t in train), [])
             and torch.equal(d.x_test, torch.from_numpy(test['data']).view(-1, 3, 32, 32))
             and d.y_test.tolist() == test['labels'] and d.x_train.dtype == torch.uint8)
@@ -267,7 +273,8 @@ def test_offline_the_error_says_what_to_do(serve, official, monkeypatch, tmp_pat
     server = serve(not_found)
     monkeypatch.setenv('CIFAR10_URL', server.url)
     with pytest.raises(DownloadError) as e: load_data('cifar10', root=tmp_path/'root')
-    for part in (server.url, '404', *data.SOURCES, data.ARCHIVE, data.ARCHIVE_MD5, str(tmp_path/'root'), 'shapes10'):
+    for part in (server.url, '404', *data.SOURCES, data.ARCHIVE, data.ARCHIVE_MD5, str(tmp_path/'root'),
+                 'shapes10'):
         assert part in str(e.value)
     assert not list((tmp_path/'root').iterdir())
 

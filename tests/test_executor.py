@@ -1,4 +1,4 @@
-"""Sweeps on executors: the library's own processes, the standard library's, and Dask's; workers killed in the middle"""
+"""Sweeps on executors: the library's own processes, the standard library's, Dask's; workers killed midway"""
 import multiprocessing, os, pickle, signal, threading, time
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -40,8 +40,10 @@ class Pool(ProcessPoolExecutor):
 @contextmanager
 def dask():
     "Dask's scheduler with two worker processes on this machine"
-    distributed = pytest.importorskip('distributed', reason='Dask needs the cluster extra: pip install -e ".[cluster]"')
-    with distributed.LocalCluster(2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster, distributed.Client(cluster) as client:
+    distributed = pytest.importorskip('distributed',
+                                      reason='Dask needs the cluster extra: pip install -e ".[cluster]"')
+    with distributed.LocalCluster(2, threads_per_worker=1, processes=True,
+                                  dashboard_address=None) as cluster, distributed.Client(cluster) as client:
         with client.get_executor() as executor: yield executor
 
 
@@ -49,7 +51,8 @@ def workers(executor):
     "Process numbers of the workers"
     if executor is None:
         import psutil
-        return [p.pid for p in psutil.Process().children(recursive=True) if 'loky' in ' '.join(p.cmdline()) and 'tracker' not in ' '.join(p.cmdline())]
+        return [p.pid for p in psutil.Process().children(recursive=True)
+                if 'loky' in ' '.join(p.cmdline()) and 'tracker' not in ' '.join(p.cmdline())]
     if isinstance(executor, ProcessPoolExecutor): return list(executor._processes)
     return list(executor._client.run(os.getpid).values())
 
@@ -61,7 +64,7 @@ def results(runs): return {(r['config']['lr'], r['config']['seed']): r['weights_
 def test_any_executor_gives_the_same_runs(data, expected, tmp_path, make):
     with make() as executor:
         runs = sweep(data, LRS, SEEDS, out=tmp_path, executor=executor, **SETTINGS)
-        if make is Pool: assert 0 < executor.largest < 5_000                        # the images do not travel with each run
+        if make is Pool: assert 0 < executor.largest < 5_000        # the images do not travel with each run
         assert sweep(data, LRS, SEEDS, out=tmp_path, executor=executor, **SETTINGS) == runs
     assert results(runs) == results(load_runs(tmp_path)) == expected
 
@@ -77,7 +80,8 @@ def test_images_travel_to_a_dask_worker_once(data):
 
 class Elsewhere(Pool):
     "As if its processes ran on a machine that does not share our disk"
-    def submit(self, fn, config, shared, device, out, scratch, name): return super().submit(fn, config, shared, device, '/not/here', '/nor/here', name)
+    def submit(self, fn, config, shared, device, out, scratch, name):
+        return super().submit(fn, config, shared, device, '/not/here', '/nor/here', name)
 
 
 def test_a_worker_without_our_disk_sends_its_weights_home(data, expected, tmp_path):
@@ -103,7 +107,7 @@ def test_a_run_whose_result_was_lost_is_not_done_again(data, tmp_path):
 
 @contextmanager
 def one_killed(executor, out):
-    "Kill a worker when the first run is finished and another one is on its way; a dict that will hold what was finished then"
+    "Kill a worker when the first run is finished and another on its way; a dict for what was finished then"
     finished, over = {}, threading.Event()
     def kill():
         while not over.is_set():
@@ -133,9 +137,11 @@ def test_every_run_ends_once_though_a_worker_is_killed(data, expected, tmp_path,
 @pytest.mark.skipif(not hasattr(signal, 'SIGKILL'), reason='no SIGKILL on this system')
 def test_a_broken_pool_loses_nothing_and_the_same_call_does_the_rest(data, expected, tmp_path):
     with Pool() as executor, one_killed(executor, tmp_path) as finished:
-        with pytest.raises(SweepError) as e: sweep(data, LRS, SEEDS, out=tmp_path, executor=executor, **SETTINGS)
+        with pytest.raises(SweepError) as e:
+            sweep(data, LRS, SEEDS, out=tmp_path, executor=executor, **SETTINGS)
     assert finished and all(isinstance(error, BrokenExecutor) for error in e.value.errors.values())
-    assert len(e.value.runs) + len(e.value.errors) == 6 and all(name in str(e.value) for name in e.value.errors)
+    assert len(e.value.runs) + len(e.value.errors) == 6
+    assert all(name in str(e.value) for name in e.value.errors)
     with Pool() as executor: runs = sweep(data, LRS, SEEDS, out=tmp_path, executor=executor, **SETTINGS)
     assert results(runs) == expected and {k: hashes(tmp_path)[k] for k in finished} == finished
 
@@ -147,7 +153,8 @@ def test_a_failing_run_takes_no_other_with_it(data, tmp_path):
 
 
 def test_the_library_works_without_dask(tmp_path):
-    code = "import sys; sys.modules['distributed'] = sys.modules['dask'] = None; from cifar_nbdev.train import sweep; from cifar_nbdev.data import shapes10; " \
-           "print(len(sweep(shapes10(200, 100), (.01, .001), epochs=1, device='cpu')))"
+    code = ("import sys; sys.modules['distributed'] = sys.modules['dask'] = None; "
+            "from cifar_nbdev.train import sweep; from cifar_nbdev.data import shapes10; "
+            "print(len(sweep(shapes10(200, 100), (.01, .001), epochs=1, device='cpu')))")
     r = python(code, cwd=tmp_path)
     assert r.stdout.strip() == '2', r.stderr

@@ -6,7 +6,8 @@ import torch
 
 from cifar_nbdev.data import dataloaders, shapes10, whole_file
 from cifar_nbdev.model import ImageClassifier
-from cifar_nbdev.train import fit, load_runs, load_weights, run_name, save_run, sweep, train_run, weights_sha256
+from cifar_nbdev.train import (fit, load_runs, load_weights, run_name, save_run, sweep, train_run,
+                               weights_sha256)
 from conftest import clean_env, hashes, python
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, 'SIGKILL'), reason='no SIGKILL on this system')
@@ -49,7 +50,8 @@ train_dl, test_dl = dataloaders(shapes10(300, 100))
 train_dl = Deadly(train_dl)
 POINTS = dict(step=lambda: setattr(train_dl, 'left', 1), write=lambda: setattr(torch, 'save', half),
               rename=lambda: setattr(os, 'replace', die))
-train.fit(ImageClassifier(seed=0), (train_dl, test_dl), 4, device='cpu', checkpoint=sys.argv[1] + '.ckpt', callbacks=[in_epoch_3])
+train.fit(ImageClassifier(seed=0), (train_dl, test_dl), 4, device='cpu', \
+checkpoint=sys.argv[1] + '.ckpt', callbacks=[in_epoch_3])
 """
 
 
@@ -57,8 +59,8 @@ train.fit(ImageClassifier(seed=0), (train_dl, test_dl), 4, device='cpu', checkpo
 def killed(tmp_path_factory):
     "A folder with the checkpoints of fits that were killed, each at another point"
     folder = tmp_path_factory.mktemp('killed')
-    processes = [subprocess.Popen([sys.executable, '-c', FIT, point], cwd=folder, env=clean_env(), stderr=subprocess.PIPE)
-                 for point in ('step', 'write', 'rename')]
+    processes = [subprocess.Popen([sys.executable, '-c', FIT, point], cwd=folder, env=clean_env(),
+                                  stderr=subprocess.PIPE) for point in ('step', 'write', 'rename')]
     for p in processes:
         said = p.communicate()[1]
         assert p.returncode == -signal.SIGKILL, said.decode()
@@ -87,7 +89,9 @@ def test_other_weights_would_be_seen(small):
 
 @pytest.mark.parametrize('name', ['run', 'run.ckpt', 'run.a.b', '.run'])
 def test_a_checkpoint_may_have_any_name(small, tmp_path, name):
-    for epochs in (1, 2): history = fit(ImageClassifier(seed=0), dataloaders(small), epochs, device='cpu', checkpoint=tmp_path/name)
+    for epochs in (1, 2):
+        history = fit(ImageClassifier(seed=0), dataloaders(small), epochs, device='cpu',
+                      checkpoint=tmp_path/name)
     assert len(history) == 2 and [p.name for p in tmp_path.iterdir()] == [name]
 
 
@@ -95,7 +99,8 @@ def test_a_checkpoint_works_with_any_loader(small, tmp_path):
     from torch.utils.data import DataLoader, TensorDataset
     own = DataLoader(TensorDataset(small.x_train.float() / 255, small.y_train), 128, shuffle=True)
     for epochs in (1, 2):
-        history = fit(ImageClassifier(seed=0), (own, dataloaders(small).test), epochs, device='cpu', checkpoint=tmp_path/'run.ckpt')
+        history = fit(ImageClassifier(seed=0), (own, dataloaders(small).test), epochs, device='cpu',
+                      checkpoint=tmp_path/'run.ckpt')
     assert len(history) == 2
 
 
@@ -117,7 +122,8 @@ def wait_for(found, process):
 
 def test_a_killed_sweep_goes_on_to_the_same_weights(tmp_path):
     runs, data = tmp_path/'runs', shapes10(1000, 100)
-    process = subprocess.Popen([sys.executable, '-c', SWEEP], cwd=tmp_path, env=clean_env(), start_new_session=True, stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, '-c', SWEEP], cwd=tmp_path, env=clean_env(),
+                               start_new_session=True, stderr=subprocess.PIPE)
     try:
         wait_for(lambda: list(runs.glob('[!.]*.json')), process)
         first = {p.stem for p in runs.glob('[!.]*.json')}
@@ -131,11 +137,13 @@ def test_a_killed_sweep_goes_on_to_the_same_weights(tmp_path):
     assert {k: hashes(runs)[k] for k in finished} == finished                       # not done again
     assert [r['config']['lr'] for r in again] == [.005, .01, .0001]
     for run in again:
-        assert run['weights_sha256'] == train_run(data, run['config']['lr'], epochs=6, device='cpu')[0]['weights_sha256']
+        alone, _ = train_run(data, run['config']['lr'], epochs=6, device='cpu')
+        assert run['weights_sha256'] == alone['weights_sha256']
         saved = load_weights(ImageClassifier(), runs/f"{run_name(run['config'], data.sha256)}.safetensors")
         assert weights_sha256(saved) == run['weights_sha256']
     assert load_runs(runs) == sorted(again, key=lambda r: r['config']['lr'])
-    assert {p.suffix for p in runs.glob('[!.]*')} == {'.json', '.safetensors'} and len(list(runs.glob('[!.]*'))) == 6
+    files = list(runs.glob('[!.]*'))
+    assert {p.suffix for p in files} == {'.json', '.safetensors'} and len(files) == 6
 
 
 def test_a_run_that_went_on_counts_the_time_before(tmp_path):
@@ -167,7 +175,7 @@ def test_half_a_file_never_has_the_final_name(small, tmp_path):
         assert python(WRITE, tmp_path/name, cwd=tmp_path).returncode == -signal.SIGKILL
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 3
     assert [p.name for p in tmp_path.iterdir() if p.name[0] != '.'] == [path.name]
-    assert load_runs(tmp_path) == [run]                  # what the killed processes left behind is not taken for runs
+    assert load_runs(tmp_path) == [run]         # what the killed processes left behind is not taken for runs
 
 
 @pytest.mark.parametrize('error', [ValueError, KeyboardInterrupt])

@@ -13,7 +13,8 @@ from cifar_nbdev.model import ImageClassifier
 from cifar_nbdev.train import evaluate, fit, save_run, sweep, train_run
 from conftest import ROOT, python
 
-MODULES = [m for p in sorted((ROOT/'nbs').glob('[0-9]*_*.ipynb')) for m in re.findall(r'#\| default_exp (\w+)', p.read_text(encoding='utf-8'))]
+MODULES = [m for p in sorted((ROOT/'nbs').glob('[0-9]*_*.ipynb'))
+           for m in re.findall(r'#\| default_exp (\w+)', p.read_text(encoding='utf-8'))]
 EXTRAS = ['dev', 'doc', 'cluster', 'peers']
 
 
@@ -31,7 +32,8 @@ def tree(module):
 
 def test_every_module_comes_from_a_notebook():
     modules = {p.stem for p in (ROOT/'cifar_nbdev').glob('[!_]*.py')}
-    assert modules == set(MODULES) and [m for m in MODULES if m != 'fused'][:5] == ['data', 'model', 'train', 'report', 'explore']
+    assert modules == set(MODULES)
+    assert [m for m in MODULES if m != 'fused'][:5] == ['data', 'model', 'train', 'report', 'explore']
 
 
 def test_setup_takes_everything_from_settings(monkeypatch):
@@ -39,7 +41,8 @@ def test_setup_takes_everything_from_settings(monkeypatch):
     monkeypatch.setitem(sys.modules, 'setuptools', SimpleNamespace(setup=got.update))
     monkeypatch.chdir(ROOT)
     runpy.run_path('setup.py')
-    assert (got['name'], got['version'], got['python_requires']) == (cfg['lib_name'], cfg['version'], '>=' + cfg['min_python'])
+    assert (got['name'], got['version'], got['python_requires']) == \
+        (cfg['lib_name'], cfg['version'], '>=' + cfg['min_python'])
     assert got['install_requires'] == cfg['requirements'].split()
     assert got['extras_require'] == {e: cfg[f'{e}_requirements'].split() for e in EXTRAS}
     assert got['entry_points']['console_scripts'] == cfg['console_scripts'].split()
@@ -51,9 +54,11 @@ def test_what_is_installed_agrees_with_settings():
     assert metadata.version('cifar_nbdev') == cfg['version'] == import_module('cifar_nbdev').__version__
     def norm(r): return re.sub(r'\s', '', r).lower().replace('_', '-')
     have = {norm(r.split(';')[0]) for r in metadata.requires('cifar_nbdev')}
-    assert have == {norm(r) for k in ['requirements', *(f'{e}_requirements' for e in EXTRAS)] for r in cfg[k].split()}, \
+    keys = ['requirements', *(f'{e}_requirements' for e in EXTRAS)]
+    assert have == {norm(r) for k in keys for r in cfg[k].split()}, \
         'settings.ini has changed since the package was installed: make test installs it again'
-    scripts = {f'{e.name}={e.value}' for e in metadata.distribution('cifar_nbdev').entry_points if e.group == 'console_scripts'}
+    entries = metadata.distribution('cifar_nbdev').entry_points
+    scripts = {f'{e.name}={e.value}' for e in entries if e.group == 'console_scripts'}
     assert scripts == set(cfg['console_scripts'].split())
 
 
@@ -67,7 +72,8 @@ def test_imports_run_one_way(module):
         names = [node.module or ''] if isinstance(node, ast.ImportFrom) else \
             [a.name for a in node.names] if isinstance(node, ast.Import) else []
         own = {n.split('.')[1] for n in names if n.startswith('cifar_nbdev.')}
-        assert own <= allowed | {module} and not {'nbs', 'notebooks', 'nbdev'} & {n.split('.')[0] for n in names}
+        assert own <= allowed | {module}
+        assert not {'nbs', 'notebooks', 'nbdev'} & {n.split('.')[0] for n in names}
 
 
 def public(body, owner=''):
@@ -112,7 +118,8 @@ CALLS = dict(
     shapes10=lambda d, folder: shapes10(50, 50),
     model=lambda d, folder: ImageClassifier(seed=0),
     loaders=lambda d, folder: [one_epoch(dl) for dl in dataloaders(d)],
-    torchvision_loaders=lambda d, folder: [one_epoch(dl) for dl in dataloaders(d.subset(20, 20), 8, num_workers=0)],
+    torchvision_loaders=lambda d, folder: [one_epoch(dl)
+                                           for dl in dataloaders(d.subset(20, 20), 8, num_workers=0)],
     fit=lambda d, folder: fit(MODEL, dataloaders(d), 1, device='cpu', checkpoint=folder/'fit.ckpt'),
     evaluate=lambda d, folder: evaluate(MODEL, dataloaders(d).test),
     train_run=lambda d, folder: train_run(d, .01, epochs=1, device='cpu'),
@@ -123,8 +130,9 @@ MODEL = ImageClassifier(seed=0)
 def global_state():
     "What a library must leave as it found it"
     numpy = [str(part) for part in np.random.get_state()]
-    return [torch.get_rng_state().tolist(), numpy, random.getstate(), torch.get_num_threads(), torch.get_default_dtype(),
-            torch.get_float32_matmul_precision(), torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()]
+    return [torch.get_rng_state().tolist(), numpy, random.getstate(), torch.get_num_threads(),
+            torch.get_default_dtype(), torch.get_float32_matmul_precision(), torch.is_grad_enabled(),
+            torch.are_deterministic_algorithms_enabled()]
 
 
 @pytest.mark.parametrize('name', CALLS)
@@ -145,9 +153,11 @@ def test_global_state_would_show_a_draw(change):
 def test_global_seeds_change_nothing(name, small, tmp_path):
     def result(seed):
         torch.manual_seed(seed); np.random.seed(seed); random.seed(seed)
-        return {'loaders': lambda: [x.sum().item() for x, _ in dataloaders(small).train],
-                'model': lambda: ImageClassifier(seed=0).conv.weight.tolist(), 'shapes10': lambda: shapes10(20, 20).sha256,
-                'train_run': lambda: train_run(small, .01, epochs=1, device='cpu')[0]['weights_sha256']}[name]()
+        calls = {'loaders': lambda: [x.sum().item() for x, _ in dataloaders(small).train],
+                 'model': lambda: ImageClassifier(seed=0).conv.weight.tolist(),
+                 'shapes10': lambda: shapes10(20, 20).sha256,
+                 'train_run': lambda: train_run(small, .01, epochs=1, device='cpu')[0]['weights_sha256']}
+        return calls[name]()
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try: assert result(1) == result(2)
     finally: torch.set_rng_state(states[0]); np.random.set_state(states[1]); random.setstate(states[2])

@@ -12,14 +12,17 @@ from conftest import ROOT
 
 BROWSER = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 DRIVER = shutil.which('chromedriver')
-FLAGS = ('--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
-         '--disable-component-update --disable-sync --disable-dev-shm-usage').split()
+FLAGS = ('--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run '
+         '--disable-background-networking --disable-component-update --disable-sync '
+         '--disable-dev-shm-usage').split()
 SCREENS = {'desktop': (1300, 'light'), 'phone': (390, 'light'), 'dark': (1300, 'dark')}
 MODULES = [p.stem for p in sorted((ROOT/'cifar_nbdev').glob('[!_]*.py'))]
 
 pytestmark = [
-    pytest.mark.skipif(not find_spec('sphinx_book_theme') or not find_spec('selenium'), reason='the site needs the doc extra: make docs installs it'),
-    pytest.mark.skipif(not BROWSER or not DRIVER, reason='no Chromium with its driver here: on Debian, apt-get install chromium chromium-driver')]
+    pytest.mark.skipif(not find_spec('sphinx_book_theme') or not find_spec('selenium'),
+                       reason='the site needs the doc extra: make docs installs it'),
+    pytest.mark.skipif(not BROWSER or not DRIVER, reason='no Chromium with its driver here: on Debian, '
+                       'apt-get install chromium chromium-driver')]
 
 
 @pytest.fixture(scope='module')
@@ -61,12 +64,16 @@ def browser(tmp_path_factory):
 
 def show(browser, address, width, scheme):
     "Open a page and wait until it has settled"
-    browser.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', dict(width=width, height=900, deviceScaleFactor=1, mobile=width < 500))
-    browser.execute_cdp_cmd('Emulation.setEmulatedMedia', dict(features=[dict(name='prefers-color-scheme', value=scheme)]))
+    browser.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', dict(
+        width=width, height=900, deviceScaleFactor=1, mobile=width < 500))
+    browser.execute_cdp_cmd('Emulation.setEmulatedMedia', dict(
+        features=[dict(name='prefers-color-scheme', value=scheme)]))
     for log in ('browser', 'performance'): browser.get_log(log)
     browser.get(address)
-    browser.execute_async_script('const done = arguments[0]; const go = () => (window.MathJax?.startup?.promise ?? Promise.resolve()).then(() => setTimeout(done, 100));'
-                                 'document.readyState == "complete" ? go() : addEventListener("load", go)')
+    browser.execute_async_script(
+        'const done = arguments[0]; const go = () => (window.MathJax?.startup?.promise ?? Promise.resolve())'
+        '.then(() => setTimeout(done, 100));'
+        'document.readyState == "complete" ? go() : addEventListener("load", go)')
 
 
 def requests(browser):
@@ -77,17 +84,24 @@ def requests(browser):
         message = json.loads(entry['message'])['message']
         p = message['params']
         if message['method'] == 'Network.requestWillBeSent': asked[p['requestId']] = p['request']['url']
-        if message['method'] == 'Network.responseReceived' and p['response']['status'] >= 400: failed.append(p['response']['url'])
-        if message['method'] == 'Network.loadingFailed' and not p.get('canceled'): failed.append(asked.get(p['requestId']))
+        if message['method'] == 'Network.responseReceived' and p['response']['status'] >= 400:
+            failed.append(p['response']['url'])
+        if message['method'] == 'Network.loadingFailed' and not p.get('canceled'):
+            failed.append(asked.get(p['requestId']))
     return [a for a in asked.values() if not a.startswith(('data:', 'blob:'))], failed
 
 
 WIDER = """return [...document.querySelectorAll('body *')].filter(e => {
   const r = e.getBoundingClientRect();
-  if (!r.width || !r.height || getComputedStyle(e).visibility == 'hidden' || r.right <= innerWidth + 1 || r.left >= innerWidth) return false;
-  for (let p = e; p; p = p.parentElement) if (['auto', 'scroll', 'hidden'].includes(getComputedStyle(p).overflowX) || getComputedStyle(p).position == 'fixed') return false;
+  if (!r.width || !r.height || getComputedStyle(e).visibility == 'hidden' || \
+r.right <= innerWidth + 1 || r.left >= innerWidth) return false;
+  for (let p = e; p; p = p.parentElement) \
+if (['auto', 'scroll', 'hidden'].includes(getComputedStyle(p).overflowX) || \
+getComputedStyle(p).position == 'fixed') return false;
   return true}).map(e => e.tagName + '.' + e.className)"""
-SCROLLED = "return [...document.querySelectorAll('.bd-article p, .bd-article pre, .bd-article li')].filter(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth).map(e => e.textContent.slice(0, 60))"
+SCROLLED = ("return [...document.querySelectorAll('.bd-article p, .bd-article pre, .bd-article li')]"
+            ".filter(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth)"
+            ".map(e => e.textContent.slice(0, 60))")
 UNLOADED = "return [...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src)"
 
 
@@ -106,41 +120,50 @@ def test_every_page(browser, site, url, screen):
         assert browser.execute_script('return document.documentElement.scrollWidth') <= width, page
         assert not browser.execute_script(WIDER) and not browser.execute_script(UNLOADED), page
         if width > 1000: assert not browser.execute_script(SCROLLED), page
-        assert browser.execute_script('return document.documentElement.dataset.theme') in (scheme, 'auto'), page
+        theme = browser.execute_script('return document.documentElement.dataset.theme')
+        assert theme in (scheme, 'auto'), page
 
 
 def test_the_first_screen_of_the_home_page_has_the_curves_and_the_table(browser, url):
     show(browser, f'{url}/index.html', 1300, 'light')
     for what in ('.bd-article h1', '.bd-article img', '.bd-article table'):
-        assert browser.execute_script(f'return document.querySelector("{what}").getBoundingClientRect().bottom') <= 900, what
+        bottom = f'return document.querySelector("{what}").getBoundingClientRect().bottom'
+        assert browser.execute_script(bottom) <= 900, what
 
 
 def test_search_finds_fit_and_lands_on_it(browser, url):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
     show(browser, f'{url}/search.html?q=fit', 1300, 'light')
-    link = WebDriverWait(browser, 20).until(lambda b: b.find_elements(By.CSS_SELECTOR, '#search-results a[href*="train.html"][href$="#fit"]'))[0]
+    fit = '#search-results a[href*="train.html"][href$="#fit"]'
+    link = WebDriverWait(browser, 20).until(lambda b: b.find_elements(By.CSS_SELECTOR, fit))[0]
     browser.execute_script('arguments[0].click()', link)
     WebDriverWait(browser, 20).until(lambda b: 'train.html' in b.current_url)
-    WebDriverWait(browser, 20).until(lambda b: b.execute_script('const t = document.getElementById("fit").getBoundingClientRect().top; return t >= -5 && t < 300'))
+    WebDriverWait(browser, 20).until(lambda b: b.execute_script(
+        'const t = document.getElementById("fit").getBoundingClientRect().top; return t >= -5 && t < 300'))
     assert browser.current_url.endswith('#fit')
 
 
 def test_pages_are_numbered_in_the_sidebar(browser, site, url):
     from selenium.webdriver.common.by import By
     show(browser, f'{url}/index.html', 1300, 'light')
-    links = [Path(urlsplit(a.get_attribute('href')).path).name for a in browser.find_elements(By.CSS_SELECTOR, '.bd-sidebar-primary nav a.internal')]
-    numbered = [json.loads(p.read_text(encoding='utf-8'))['cells'] for p in sorted((ROOT/'nbs').glob('[0-9]*.ipynb'))]
+    anchors = browser.find_elements(By.CSS_SELECTOR, '.bd-sidebar-primary nav a.internal')
+    links = [Path(urlsplit(a.get_attribute('href')).path).name for a in anchors]
+    numbered = [json.loads(p.read_text(encoding='utf-8'))['cells']
+                for p in sorted((ROOT/'nbs').glob('[0-9]*.ipynb'))]
     names = [re.search(r'output-file: (\S+)', ''.join(cells[0]['source'])).group(1) for cells in numbered]
-    assert [link for link in links if link != 'index.html'] == names and {'data.html', 'model.html', 'train.html', 'report.html'} <= set(names)
-    assert {p.name for p in site.glob('*.html')} - {'index.html', 'search.html', 'genindex.html'} <= set(links)
+    assert [link for link in links if link != 'index.html'] == names
+    assert {'data.html', 'model.html', 'train.html', 'report.html'} <= set(names)
+    pages = {p.name for p in site.glob('*.html')}
+    assert pages - {'index.html', 'search.html', 'genindex.html'} <= set(links)
 
 
 @pytest.mark.parametrize('module', MODULES)
 def test_every_public_name_has_one_entry(site, module):
     from bs4 import BeautifulSoup
+    pages = [BeautifulSoup(p.read_text(encoding='utf-8'), 'html.parser') for p in site.glob('*.html')]
     entries = [e.find(['h2', 'h3', 'h4']).get_text().rstrip('#¶ ').strip()
-               for p in site.glob('*.html') for e in BeautifulSoup(p.read_text(encoding='utf-8'), 'html.parser').select('section.entry')]
+               for page in pages for e in page.select('section.entry')]
     m = import_module(f'cifar_nbdev.{module}')
     names = [n for n in m.__all__ if callable(getattr(m, n))]
     assert names and {n: entries.count(n) for n in names} == dict.fromkeys(names, 1)

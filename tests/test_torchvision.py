@@ -7,8 +7,10 @@ from cifar_nbdev.data import dataloaders, load_data
 from conftest import python, save_npz
 
 NMS = "RuntimeError('operator torchvision::nms does not exist')"
-BROKEN = [NMS, "ImportError('libc10.so: undefined symbol')", "OSError('libtorch_cuda.so: cannot open shared object file')",
-          "AttributeError(\"partially initialized module 'torchvision' has no attribute 'extension'\")", "RuntimeError()"]
+BROKEN = [NMS, "ImportError('libc10.so: undefined symbol')",
+          "OSError('libtorch_cuda.so: cannot open shared object file')",
+          "AttributeError(\"partially initialized module 'torchvision' has no attribute 'extension'\")",
+          "RuntimeError()"]
 
 
 def break_torchvision(folder, error):
@@ -21,7 +23,8 @@ def break_torchvision(folder, error):
 @pytest.fixture(params=BROKEN, ids=lambda e: e.split('(')[0])
 def broken(request, monkeypatch, tmp_path):
     "In this process, torchvision does not import; the error's text"
-    for name in [m for m in sys.modules if m.split('.')[0] == 'torchvision']: monkeypatch.delitem(sys.modules, name)
+    for name in [m for m in sys.modules if m.split('.')[0] == 'torchvision']:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(break_torchvision(tmp_path, request.param))
     for k in ('CIFAR10_URL', 'CIFAR_NBDEV_DATA', 'CIFAR_NBDEV_ROOT'): monkeypatch.delenv(k, raising=False)
     monkeypatch.setattr('cifar_nbdev.data.SOURCES', ())
@@ -29,7 +32,8 @@ def broken(request, monkeypatch, tmp_path):
 
 
 def test_what_needs_it_says_cause_and_fix(broken, small, tmp_path):
-    for call in (lambda: dataloaders(small, num_workers=0), lambda: load_data('cifar10', root=tmp_path/'root')):
+    for call in (lambda: dataloaders(small, num_workers=0),
+                 lambda: load_data('cifar10', root=tmp_path/'root')):
         with pytest.raises(ImportError) as e: call()
         assert all(part in str(e.value) for part in (broken, 'torchvision', 'pip install', 'shapes10'))
     assert not (tmp_path/'root').exists()
