@@ -471,10 +471,18 @@ def _ended(futures, bar, scratch, epochs):
         bar.refresh()
         if futures: time.sleep(.2)
 
+def _end_with(parent):
+    "In a worker process: end when the sweep's process is gone, so that nothing is computed for nobody"
+    def watch():
+        while os.getppid() == parent: time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
 @contextmanager
 def _processes(slots):
     "Processes of one thread each; killed when something goes wrong here: nobody waits for runs nobody wants"
-    executor = loky.ProcessPoolExecutor(slots, env={'OMP_NUM_THREADS': '1'})
+    executor = loky.ProcessPoolExecutor(slots, initializer=_end_with, initargs=(os.getpid(),),
+                                        env={'OMP_NUM_THREADS': '1'})
     try: yield executor
     except BaseException:
         executor.shutdown(kill_workers=True)

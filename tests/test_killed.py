@@ -146,6 +146,20 @@ def test_a_killed_sweep_goes_on_to_the_same_weights(tmp_path):
     assert {p.suffix for p in files} == {'.json', '.safetensors'} and len(files) == 6
 
 
+def test_no_worker_outlives_its_sweep(tmp_path):
+    psutil = pytest.importorskip('psutil')
+    long = SWEEP.replace('epochs=6', 'epochs=10_000')
+    process = subprocess.Popen([sys.executable, '-c', long], cwd=tmp_path, env=clean_env(), stderr=subprocess.PIPE)
+    try:
+        wait_for(lambda: list((tmp_path/'runs').glob('[!.]*.ckpt')), process)
+        children = psutil.Process(process.pid).children(recursive=True)
+    finally: process.kill()                             # the sweep alone, not its workers
+    left = psutil.wait_procs(children, timeout=20)[1]
+    for p in left: p.kill()
+    assert children and not left
+    process.communicate()
+
+
 def test_a_run_that_went_on_counts_the_time_before(tmp_path):
     data = shapes10(1000, 100)
     def stop(model, history):
