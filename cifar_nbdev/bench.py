@@ -37,7 +37,8 @@ class TwoConvolutions(nn.Module):
     ) -> torch.Tensor:  # Logits (B, 10)
         "Logits of a batch of images"
         a = self.gate(x.mean((2, 3)))
-        out = a[:, 0, None, None, None] * F.relu(self.conv1(x)) + a[:, 1, None, None, None] * F.relu(self.conv2(x))
+        out = (a[:, 0, None, None, None] * F.relu(self.conv1(x))
+               + a[:, 1, None, None, None] * F.relu(self.conv2(x)))
         return self.fc(out.flatten(1))
 
 def plain_loop(
@@ -62,9 +63,10 @@ def plain_loop(
 
 # %% ../nbs/05_speed.ipynb #84d3dc62
 def _in_memory(data):
-    "Training and test images as float tensors, and loaders over them, for libraries that bring their own loop"
+    "Training and test images as float tensors, and loaders over them, for libraries with a loop of their own"
     from torch.utils.data import DataLoader, TensorDataset
-    train, test = (TensorDataset(x.float() / 255, y) for x, y in ((data.x_train, data.y_train), (data.x_test, data.y_test)))
+    pairs = (data.x_train, data.y_train), (data.x_test, data.y_test)
+    train, test = (TensorDataset(x.float() / 255, y) for x, y in pairs)
     return train, test, DataLoader(train, 128, shuffle=True), DataLoader(test, 128)
 
 def _lightning(data, epochs, tick):
@@ -75,11 +77,14 @@ def _lightning(data, epochs, tick):
             super().__init__()
             self.model = ImageClassifier(seed=0)
         def training_step(self, batch, i): return F.cross_entropy(self.model(batch[0]), batch[1])
-        def validation_step(self, batch, i): self.log('test_acc', (self.model(batch[0]).argmax(1) == batch[1]).float().mean())
-        def configure_optimizers(self): return torch.optim.SGD(self.parameters(), lr=.005, momentum=.9, weight_decay=5e-4)
-        def on_train_epoch_end(self): tick()                                            # comes after the validation
+        def validation_step(self, batch, i):
+            self.log('test_acc', (self.model(batch[0]).argmax(1) == batch[1]).float().mean())
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=.005, momentum=.9, weight_decay=5e-4)
+        def on_train_epoch_end(self): tick()            # comes after the validation
 
-    trainer = lightning.Trainer(accelerator='cpu', max_epochs=epochs, logger=False, enable_checkpointing=False, num_sanity_val_steps=0,
+    trainer = lightning.Trainer(accelerator='cpu', max_epochs=epochs, logger=False,
+                                enable_checkpointing=False, num_sanity_val_steps=0,
                                 enable_progress_bar=False, enable_model_summary=False)
     trainer.fit(Module(), *_in_memory(data)[2:])
 
@@ -92,9 +97,11 @@ def _skorch(data, epochs, tick):
         def on_epoch_end(self, net, **kwargs): tick()
 
     train, test, *_ = _in_memory(data)
-    net = NeuralNetClassifier(ImageClassifier, module__seed=0, criterion=nn.CrossEntropyLoss, optimizer=torch.optim.SGD, lr=.005, optimizer__momentum=.9,
-                              optimizer__weight_decay=5e-4, batch_size=128, iterator_train__shuffle=True, max_epochs=epochs,
-                              train_split=predefined_split(test), callbacks=[Tick()], verbose=0)
+    net = NeuralNetClassifier(ImageClassifier, module__seed=0, criterion=nn.CrossEntropyLoss,
+                              optimizer=torch.optim.SGD, lr=.005, optimizer__momentum=.9,
+                              optimizer__weight_decay=5e-4, batch_size=128, iterator_train__shuffle=True,
+                              max_epochs=epochs, train_split=predefined_split(test), callbacks=[Tick()],
+                              verbose=0)
     net.fit(train, y=None)
 
 def _keras(data, epochs, tick):
@@ -102,20 +109,30 @@ def _keras(data, epochs, tick):
     import keras
     from keras import layers
     keras.config.set_image_data_format('channels_first')
-    decay = dict(kernel_regularizer=keras.regularizers.L2(2.5e-4), bias_regularizer=keras.regularizers.L2(2.5e-4))     # SGD's 5e-4: its gradient is twice the factor
+    # SGD's 5e-4: the gradient of L2 is twice the factor
+    decay = dict(kernel_regularizer=keras.regularizers.L2(2.5e-4),
+                 bias_regularizer=keras.regularizers.L2(2.5e-4))
     x = keras.Input((3, 32, 32))
     a = layers.Dense(2, **decay)(layers.GlobalAveragePooling2D()(x))
     c = layers.Reshape((2, 6*28*28))(layers.Conv2D(12, 5, activation='relu', **decay)(x))
     model = keras.Model(x, layers.Dense(10, **decay)(layers.Dot(1)([a, c])))
-    model.compile(keras.optimizers.SGD(.005, momentum=.9), keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=['accuracy'])
-    train, test = (((x.float() / 255).numpy(), y.numpy()) for x, y in ((data.x_train, data.y_train), (data.x_test, data.y_test)))
-    model.fit(*train, batch_size=128, epochs=epochs, validation_data=test, verbose=0, callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: tick())])
+    model.compile(keras.optimizers.SGD(.005, momentum=.9),
+                  keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=['accuracy'])
+    pairs = (data.x_train, data.y_train), (data.x_test, data.y_test)
+    train, test = (((x.float() / 255).numpy(), y.numpy()) for x, y in pairs)
+    model.fit(*train, batch_size=128, epochs=epochs, validation_data=test, verbose=0,
+              callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: tick())])
 
 WAYS = {
-    "the report's recipe": lambda data, epochs, tick: plain_loop(TwoConvolutions(), dataloaders(data, num_workers=2), epochs, tick),
-    'images in memory': lambda data, epochs, tick: plain_loop(TwoConvolutions(), dataloaders(data), epochs, tick),
-    'one convolution': lambda data, epochs, tick: plain_loop(ImageClassifier(seed=0), dataloaders(data), epochs, tick),
-    'fit': lambda data, epochs, tick: fit(ImageClassifier(seed=0), dataloaders(data), epochs, device='cpu', progress=False, callbacks=[lambda *_: tick()])}
+    "the report's recipe": lambda data, epochs, tick: plain_loop(
+        TwoConvolutions(), dataloaders(data, num_workers=2), epochs, tick),
+    'images in memory': lambda data, epochs, tick: plain_loop(
+        TwoConvolutions(), dataloaders(data), epochs, tick),
+    'one convolution': lambda data, epochs, tick: plain_loop(
+        ImageClassifier(seed=0), dataloaders(data), epochs, tick),
+    'fit': lambda data, epochs, tick: fit(
+        ImageClassifier(seed=0), dataloaders(data), epochs, device='cpu', progress=False,
+        callbacks=[lambda *_: tick()])}
 PEERS = {'Lightning': _lightning, 'skorch': _skorch, 'Keras': _keras}
 
 # %% ../nbs/05_speed.ipynb #ac0f751c
@@ -128,7 +145,9 @@ def floor(
     conv, bs, n = nn.Conv2d(3, 12, 5), 128, 8
     xs, gs = torch.rand(n, bs, 3, 32, 32), torch.rand(n, bs, 12, 28, 28)
     def forward(i): conv(xs[i])
-    def backward(i): torch.ops.aten.convolution_backward(gs[i], xs[i], conv.weight, [12], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, True])
+    def backward(i):
+        torch.ops.aten.convolution_backward(gs[i], xs[i], conv.weight, [12], [1, 1], [0, 0], [1, 1], False,
+                                            [0, 0], 1, [False, True, True])
     def seconds(step):
         for i in range(n): step(i)
         start = time.perf_counter()
@@ -137,10 +156,21 @@ def floor(
     with torch.no_grad(): f, b = seconds(forward), seconds(backward)
     return (f + b) * math.ceil(n_train / bs) + f * math.ceil(n_test / bs)
 
-_PARTS = {'convolutions, forward': ('aten::mkldnn_convolution',), 'convolutions, gradient': ('aten::convolution_backward',),
-          'ReLU and gates': ('aten::bmm', 'aten::clamp_min', 'aten::relu', 'aten::threshold_backward', 'aten::einsum', 'aten::mean'),
-          'linear layer': ('aten::addmm', 'aten::mm'), 'picking and converting images': ('aten::index', 'aten::div_', 'aten::copy_', 'aten::_to_copy', 'aten::to'),
-          'optimizer': ('SGD', '_foreach', 'aten::add_', 'aten::mul_')}
+_PARTS = {
+    'convolutions, forward': ('aten::mkldnn_convolution',),
+    'convolutions, gradient': ('aten::convolution_backward',),
+    'ReLU and gates': ('aten::bmm', 'aten::clamp_min', 'aten::relu', 'aten::threshold_backward',
+                       'aten::einsum', 'aten::mean'),
+    'linear layer': ('aten::addmm', 'aten::mm'),
+    'picking and converting images': ('aten::index', 'aten::div_', 'aten::copy_', 'aten::_to_copy',
+                                      'aten::to'),
+    'optimizer': ('SGD', '_foreach', 'aten::add_', 'aten::mul_')}
+
+def _step_part(key):
+    "The part of a training step that an operation belongs to, by its name"
+    for part, names in _PARTS.items():
+        if any(key == n or not n.startswith('aten') and n in key for n in names): return part
+    return 'everything else'
 
 def _profile(data):
     "Shares of an epoch's training steps, by what they do"
@@ -148,10 +178,9 @@ def _profile(data):
     loop = lambda: fit(ImageClassifier(seed=0), dataloaders(data), 1, device='cpu', progress=False)
     loop()
     with profile() as p: loop()
-    total, shares = sum(e.self_cpu_time_total for e in p.key_averages()), dict.fromkeys([*_PARTS, 'everything else'], 0)
-    for e in p.key_averages():
-        part = next((part for part, names in _PARTS.items() if any(e.key == n or not n.startswith('aten') and n in e.key for n in names)), 'everything else')
-        shares[part] += e.self_cpu_time_total / total
+    total = sum(e.self_cpu_time_total for e in p.key_averages())
+    shares = dict.fromkeys([*_PARTS, 'everything else'], 0)
+    for e in p.key_averages(): shares[_step_part(e.key)] += e.self_cpu_time_total / total
     return shares
 
 # %% ../nbs/05_speed.ipynb #3d9914df
@@ -163,7 +192,7 @@ def _child(what, source, n_train, n_test, epochs):
     elif what == 'images': result = _by_images(data)
     else:
         ends, refs = [], Path('/proc/self/clear_refs')
-        if refs.exists(): refs.write_text('5')                          # Linux: the peak so far, of loading, does not count
+        if refs.exists(): refs.write_text('5')          # Linux: the peak so far, of loading, does not count
         (WAYS | PEERS)[what](data, epochs + 1, lambda: ends.append(time.perf_counter()))
         result = dict(seconds=np.diff(ends).round(4).tolist(), memory_mb=peak_memory())
     print('\n' + json.dumps(result))
@@ -171,7 +200,8 @@ def _child(what, source, n_train, n_test, epochs):
 def _measure(what, source, n_train, n_test, epochs=1):
     "What `_child` prints, in a new process that sees no graphics card"
     code = 'import json, sys; from cifar_nbdev.bench import _child; _child(*json.loads(sys.argv[1]))'
-    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, json.dumps([what, str(source), n_train, n_test, epochs])], capture_output=True, text=True,
+    args = json.dumps([what, str(source), n_train, n_test, epochs])
+    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, args], capture_output=True, text=True,
                        env=os.environ | dict(CUDA_VISIBLE_DEVICES=''))
     if r.returncode: raise RuntimeError(f'{what} failed: {r.stderr.strip().splitlines()[-1]}')
     return json.loads(r.stdout.strip().splitlines()[-1])
@@ -182,7 +212,8 @@ def _by_images(data, points=5):
     sizes = [len(data.x_train) * i // points for i in range(1, points + 1)]
     times = {n: [] for n in sizes}
     for n in sizes * 2:
-        history = fit(ImageClassifier(seed=0), dataloaders(data.subset(n, 128)), 1, device='cpu', progress=False)
+        history = fit(ImageClassifier(seed=0), dataloaders(data.subset(n, 128)), 1, device='cpu',
+                      progress=False)
         times[n].append(history.epochs[0]['seconds'])
     return [[n, min(t)] for n, t in times.items()]
 
@@ -193,13 +224,14 @@ def _timed(*args, **kwargs):
     return round(time.perf_counter() - start, 3), runs
 
 def _overhead(data, executor, slots, few, many):
-    "Core seconds of a run of one step, which is nearly all overhead: two sweeps, so that starting the processes cancels out"
+    "Core seconds of a run of one step, nearly all overhead: two sweeps, so that process starts cancel out"
     with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b:
-        short, long = (_timed(data.subset(128, 128), (.01,), range(n), epochs=1, workers=slots, executor=executor, out=out)[0] for n, out in ((few, a), (many, b)))
+        short, long = (_timed(data.subset(128, 128), (.01,), range(n), epochs=1, workers=slots,
+                              executor=executor, out=out)[0] for n, out in ((few, a), (many, b)))
     return (long - short) / (many - few) * slots
 
 def _by_memory_policy(data):
-    "Seconds of an epoch and memory in the processes of a sweep, with freed memory kept and with it given back, in turns"
+    "Seconds of an epoch and memory in a sweep's processes, with freed memory kept and given back, in turns"
     found, before = {'kept': [], 'given back': []}, os.environ.get('CIFAR_NBDEV_MALLOC')
     try:
         for turn in range(2):
@@ -209,15 +241,31 @@ def _by_memory_policy(data):
     finally:
         if before is None: del os.environ['CIFAR_NBDEV_MALLOC']
         else: os.environ['CIFAR_NBDEV_MALLOC'] = before
-    return {policy: dict(seconds=[e['seconds'] for r in runs for e in r['epochs']], memory_mb=max(r['peak_memory_mb'] or 0 for r in runs)) for policy, runs in found.items()}
+    return {policy: dict(seconds=[e['seconds'] for r in runs for e in r['epochs']],
+                         memory_mb=max(r['peak_memory_mb'] or 0 for r in runs))
+            for policy, runs in found.items()}
 
 def _dask_overhead(data, slots, few, many):
     "The same on Dask's scheduler and worker processes; None where it is not installed"
     try: from dask.distributed import Client, LocalCluster
     except ImportError: return None
-    with LocalCluster(slots, threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster) as client, client.get_executor() as executor:
-        _timed(data.subset(128, 128), (.01,), range(slots), epochs=1, executor=executor)              # imports torch
+    with (LocalCluster(slots, threads_per_worker=1, dashboard_address=None) as cluster,
+          Client(cluster) as client, client.get_executor() as executor):
+        _timed(data.subset(128, 128), (.01,), range(slots), epochs=1, executor=executor)    # imports torch
         return _overhead(data, executor, slots, few, many)
+
+def _besides_ways(data, source, rounds, quick):
+    "What `bench` measures besides the ways, one after the other: name in its result, and value"
+    n_train, n_test, slots = len(data.x_train), len(data.x_test), loky.cpu_count()
+    yield 'floor', min(_measure('floor', source, n_train, n_test) for _ in range(rounds))
+    yield 'profile', _measure('profile', source, n_train, n_test)
+    yield 'images', _measure('images', source, n_train, n_test)
+    counts = (1, 2) if quick else (1, 2, 4, 8, 12)
+    yield 'runs', [[n, _timed(data, (.005,), range(n), epochs=1)[0]] for n in counts]
+    yield 'memory_policy', _by_memory_policy(data)
+    few, many = (2, 4) if quick else (10, 110)
+    yield 'overhead', dict(slots=slots, processes=_overhead(data, None, slots, few, many),
+                           dask=_dask_overhead(data, slots, few, many))
 
 def bench(
     data: str | Path = 'auto',  # As for `load_data`; nothing is downloaded
@@ -233,40 +281,43 @@ def bench(
         raise ValueError(f"{', '.join(missing)} not installed: pip install -e '.[peers]'")
     d = load_data(data, download=False)
     n_train, n_test = (len(t) // (10 if quick else 1) for t in (d.x_train, d.x_test))
-    d, rounds, epochs, source = d.subset(n_train, n_test), 1 if quick else rounds, 2 if quick else 30, 'shapes10' if d.name.startswith('shapes10') else data
-    ways = [*WAYS, *(PEERS if peers else ())]
-    times, memory, slots = {w: [] for w in ways}, dict.fromkeys(ways, 0), loky.cpu_count()
+    d, source = d.subset(n_train, n_test), 'shapes10' if d.name.startswith('shapes10') else data
+    rounds, epochs, ways = 1 if quick else rounds, 2 if quick else 30, [*WAYS, *(PEERS if peers else ())]
+    times, memory = {w: [] for w in ways}, dict.fromkeys(ways, 0)
     with progress_bar(progress, total=rounds * len(ways) + 7, unit='part') as bar:
         def step(name): bar.set_postfix_str(name); bar.update()
-        result = dict(data=dict(name=d.name, n_train=n_train, n_test=n_test), env=environment(torch.device('cpu')), seconds=times, memory_mb=memory)
+        result = dict(data=dict(name=d.name, n_train=n_train, n_test=n_test),
+                      env=environment(torch.device('cpu')), seconds=times, memory_mb=memory)
         for turn in range(rounds):
             for w in ways:
                 got = _measure(w, source, n_train, n_test, 1 if quick else 2)
                 times[w] += got['seconds']
                 memory[w] = max(memory[w], got['memory_mb'] or 0)
                 step(w)
-            if turn == rounds // 2: result['table'] = dict(seconds=_timed(d, epochs=epochs)[0], epochs=epochs, runs=3); step('table')
-        result['floor'] = min(_measure('floor', source, n_train, n_test) for _ in range(rounds)); step('floor')
-        result['profile'] = _measure('profile', source, n_train, n_test); step('profile')
-        result['images'] = _measure('images', source, n_train, n_test); step('images')
-        result['runs'] = [[n, _timed(d, (.005,), range(n), epochs=1)[0]] for n in ((1, 2) if quick else (1, 2, 4, 8, 12))]; step('runs')
-        result['memory_policy'] = _by_memory_policy(d); step('memory policy')
-        few, many = (2, 4) if quick else (10, 110)
-        result['overhead'] = dict(slots=slots, processes=_overhead(d, None, slots, few, many), dask=_dask_overhead(d, slots, few, many)); step('overhead')
+            if turn == rounds // 2:
+                result['table'] = dict(seconds=_timed(d, epochs=epochs)[0], epochs=epochs, runs=3)
+                step('table')
+        for part, value in _besides_ways(d, source, rounds, quick):
+            result[part] = value
+            step(part.replace('_', ' '))
     return result
 
 def cifar_bench(
     argv: list | None = None,  # Arguments; None: the command line's
 ):
     "The command `cifar_bench`: `bench`, its table, and a JSON file"
-    p = argparse.ArgumentParser('cifar_bench', description="Time the report's recipe, this library, and others, side by side on the CPU")
-    p.add_argument('--data', default='auto', help="'auto', 'cifar10', 'shapes10' or an .npz; nothing is downloaded")
+    p = argparse.ArgumentParser('cifar_bench', description="Time the report's recipe, this library, "
+                                "and others, side by side on the CPU")
+    p.add_argument('--data', default='auto',
+                   help="'auto', 'cifar10', 'shapes10' or an .npz; nothing is downloaded")
     p.add_argument('--rounds', type=int, default=3, help='turns that each way takes (default: 3)')
-    p.add_argument('--peers', action='store_true', help="also Lightning, skorch and Keras: pip install -e '.[peers]'")
+    p.add_argument('--peers', action='store_true',
+                   help="also Lightning, skorch and Keras: pip install -e '.[peers]'")
     p.add_argument('--quick', action='store_true', help='a tenth of the images, one turn')
     p.add_argument('--out', default='bench.json', help='file to write (default: bench.json)')
     args = p.parse_args(argv)
-    if not os.access(Path(args.out).absolute().parent, os.W_OK): p.exit(2, f'cifar_bench: cannot write to {args.out}\n')
+    if not os.access(Path(args.out).absolute().parent, os.W_OK):
+        p.exit(2, f'cifar_bench: cannot write to {args.out}\n')
     try: result = bench(args.data, rounds=args.rounds, peers=args.peers, quick=args.quick)
     except (ValueError, OSError, RuntimeError) as e: p.exit(2, f'cifar_bench: {e}\n')
     with whole_file(args.out) as tmp: tmp.write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
@@ -277,7 +328,8 @@ def ratios(
 ) -> pd.DataFrame:  # A row for each way: median seconds of an epoch, as a multiple of fit's, memory in MB
     "What an epoch takes, training and test pass, and how that compares"
     seconds = pd.Series({w: statistics.median(t) for w, t in result['seconds'].items()})
-    return pd.DataFrame({'seconds': seconds, 'times fit': seconds / seconds['fit'], 'memory (MB)': pd.Series(result['memory_mb'])})
+    return pd.DataFrame({'seconds': seconds, 'times fit': seconds / seconds['fit'],
+                         'memory (MB)': pd.Series(result['memory_mb'])})
 
 # %% ../nbs/05_speed.ipynb #9ff60472
 def bars(
@@ -287,16 +339,20 @@ def bars(
     table = ratios(result).sort_values('seconds')
     with figure_style():
         fig, ax = plt.subplots(figsize=(7.5, .42*len(table) + 1.1), layout='constrained')
-        ax.barh(table.index, table['seconds'], color=[COLORS[.005] if w in WAYS else '#8a8a8a' for w in table.index], height=.65)
+        colors = [COLORS[.005] if w in WAYS else '#8a8a8a' for w in table.index]
+        ax.barh(table.index, table['seconds'], color=colors, height=.65)
         for i, (way, row) in enumerate(table.iterrows()):
             turns = result['seconds'][way]
             ax.plot(turns, [i]*len(turns), 'o', ms=3.5, mfc='white', mec='black', mew=.8)
-            ax.annotate(f"{row['seconds']:.1f} s, {row['times fit']:.2f} ×", (max(turns), i), (6, 0), textcoords='offset points', va='center', fontsize='small')
+            ax.annotate(f"{row['seconds']:.1f} s, {row['times fit']:.2f} ×", (max(turns), i), (6, 0),
+                        textcoords='offset points', va='center', fontsize='small')
         ax.axvline(result['floor'], color='black', ls='--', lw=1)
-        ax.annotate('convolutions alone', (result['floor'], 0), (4, -14), textcoords='offset points', fontsize='small', annotation_clip=False)
+        ax.annotate('convolutions alone', (result['floor'], 0), (4, -14), textcoords='offset points',
+                    fontsize='small', annotation_clip=False)
         ax.set(xlabel='seconds for an epoch, training and test pass', xlim=(0, table['seconds'].max() * 1.25))
         ax.tick_params(axis='y', length=0)
-        ax.set_title(f"{result['data']['name']}, {result['data']['n_train']:,} training images, {result['env']['threads']} threads", fontsize='small')
+        ax.set_title(f"{result['data']['name']}, {result['data']['n_train']:,} training images, "
+                     f"{result['env']['threads']} threads", fontsize='small')
     return fig
 
 def growth(
@@ -305,11 +361,13 @@ def growth(
     "Draw how time grows with work"
     with figure_style():
         fig, axes = plt.subplots(1, 2, figsize=(7.5, 2.8), layout='constrained')
-        for ax, part, label, unit in zip(axes, ('images', 'runs'), ('training images', 'runs of one epoch'), ('an epoch of fit', 'a sweep')):
+        for ax, part, label, unit in zip(axes, ('images', 'runs'), ('training images', 'runs of one epoch'),
+                                         ('an epoch of fit', 'a sweep')):
             x, y = np.array(result[part]).T
             slope, start = np.polyfit(x, y, 1)
             ax.plot(x, y, 'o', color=COLORS[.005])
-            ax.plot([0, x.max()], [start, start + slope * x.max()], color='black', lw=1, label='straight line, least squares')
+            ax.plot([0, x.max()], [start, start + slope * x.max()], color='black', lw=1,
+                    label='straight line, least squares')
             ax.set(xlabel=label, ylabel=f'seconds of {unit}', ylim=(0, None), xlim=(0, None))
             ax.legend(frameon=False, fontsize='small')
     return fig

@@ -6,7 +6,7 @@
 __all__ = ['split', 'held_back', 'choose', 'final_test', 'gains', 'results', 'cifar_results']
 
 # %% ../nbs/06_helps.ipynb #063afa0c
-import argparse, json
+import json
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,9 @@ import torch
 from .data import ImageData, dataloaders, load_data, whole_file
 from .explore import inside
 from .model import READINGS
-from .report import REPORT, mean_interval
-from .train import CHANGES, SweepError, check_sweep, evaluate, load_runs, load_weights, new_model, run_name, sweep
+from .report import REPORT, _Parser, _writable, mean_interval
+from .train import (CHANGES, check_sweep, evaluate, load_runs, load_weights, new_model, run_name,
+                               sweep)
 
 # %% ../nbs/06_helps.ipynb #2dd657ca
 def split(
@@ -30,38 +31,47 @@ def split(
     for k in range(len(data.classes)):
         rows = (data.y_train == k).nonzero()[:, 0]
         held[rows[torch.randperm(len(rows), generator=generator)[:round(part * len(rows))]]] = True
-    return ImageData(data.x_train[~held], data.y_train[~held], data.x_train[held], data.y_train[held], data.classes, data.name)
+    x, y = data.x_train, data.y_train
+    return ImageData(x[~held], y[~held], x[held], y[held], data.classes, data.name)
 
 # %% ../nbs/06_helps.ipynb #c42d84da
+def _key(run): return run['config'].get('change', 'none'), run['config']['lr']
+def _name(run): return run_name(run['config'], run['data']['sha256'])
+
 def held_back(
     runs: list,  # Runs on data that `split` gave
-) -> pd.DataFrame:  # For each change and learning rate: number of runs, mean accuracy on the images held back and its standard deviation, in percent
-    "How the changes do on the images to choose by, over the seeds that were run with every change and learning rate"
-    rows = pd.DataFrame([{'change': r['config'].get('change', 'none'), 'lr': r['config']['lr'], 'seed': r['config']['seed'],
-                          'accuracy': 100 * r['epochs'][-1]['test_acc']} for r in runs])
-    seeds = set.intersection(*(set(s) for _, s in rows.groupby(['change', 'lr'])['seed']))
-    table = rows[rows['seed'].isin(seeds)].groupby(['change', 'lr'])['accuracy'].agg(runs='count', mean='mean', sd='std')
+) -> pd.DataFrame:  # A row for each change and learning rate: number of runs, mean accuracy (%), sd (points)
+    "How the changes do on the images held back, over the seeds that all of them were run with"
+    accs = {}
+    for r in runs: accs.setdefault(_key(r), {})[r['config']['seed']] = 100 * r['epochs'][-1]['test_acc']
+    seeds = sorted(set.intersection(*map(set, accs.values())))
+    rows = []
+    for (change, lr), acc in sorted(accs.items()):
+        a = [acc[s] for s in seeds]
+        rows.append({'change': change, 'lr': lr, 'runs': len(a), 'mean': np.mean(a), 'sd': np.std(a, ddof=1)})
+    table = pd.DataFrame(rows).set_index(['change', 'lr'])
     return table.loc[[c for c in ('none', *CHANGES) if c in table.index.levels[0]]]
 
 def choose(
     runs: list,  # Runs on data that `split` gave
 ) -> dict:  # Change -> the learning rate that does best on the images held back
     "The learning rate for each change"
-    return {change: float(t['mean'].idxmax()[1]) for change, t in held_back(runs).groupby('change', sort=False)}
+    tables = held_back(runs).groupby('change', sort=False)
+    return {change: float(t['mean'].idxmax()[1]) for change, t in tables}
 
 # %% ../nbs/06_helps.ipynb #09317efc
 def final_test(
     data: ImageData,  # Its test images are used
-    folder: str | Path,  # Runs on `split` of the same data, with the weights of those not tested yet; gets tested.json
+    folder: str | Path,  # Runs on `split` of the same data, weights of those not tested yet; gets tested.json
 ) -> dict:  # Name of each chosen run -> weights_sha256, test_loss, test_acc
     "Test the chosen runs of each change, and write it down; what is written is not tested again"
     file, runs, test = Path(folder)/'tested.json', load_runs(folder), dataloaders(data).test
     tested, best = json.loads(file.read_text()) if file.exists() else {}, choose(runs)
     for r in runs:
-        c, name = r['config'], run_name(r['config'], r['data']['sha256'])
-        if name in tested or best[c.get('change', 'none')] != c['lr']: continue
-        model = load_weights(new_model(data, c['seed'], c['reading'], c.get('change')), Path(folder)/f'{name}.safetensors')
-        loss, acc = evaluate(model, test)
+        c, name, (change, lr) = r['config'], _name(r), _key(r)
+        if name in tested or best[change] != lr: continue
+        model = new_model(data, c['seed'], c['reading'], c.get('change'))
+        loss, acc = evaluate(load_weights(model, Path(folder)/f'{name}.safetensors'), test)
         tested[name] = dict(weights_sha256=r['weights_sha256'], test_loss=loss, test_acc=acc)
     with whole_file(file) as tmp: tmp.write_text(json.dumps(tested, indent=1) + '\n')
     return tested
@@ -70,19 +80,21 @@ def final_test(
 def gains(
     runs: list,  # Runs on data that `split` gave
     tested: dict,  # What `final_test` gives for them
-) -> pd.DataFrame:  # A row for each change: test accuracy in percent, gain over none in points, both with 95% intervals
+) -> pd.DataFrame:  # For each change: test accuracy (%), gain over none (points), both with 95% intervals
     "What each change brings on the test set"
-    acc = {}
+    accs, rows = {}, {}
     for r in runs:
-        if t := tested.get(run_name(r['config'], r['data']['sha256'])):
-            acc.setdefault((r['config'].get('change', 'none'), r['config']['lr']), {})[r['config']['seed']] = 100 * t['test_acc']
-    rows, base = [], next(a for (change, _), a in acc.items() if change == 'none')
-    for (change, lr), a in acc.items():
-        (low, high), difference = mean_interval(list(a.values())), [a[s] - base[s] for s in a if s in base]
-        row = {'change': change, 'lr': lr, 'runs': len(a), 'mean': np.mean(list(a.values())), 'from': low, 'to': high}
-        if change != 'none': row |= dict(zip(('gain', 'gain from', 'gain to'), (np.mean(difference), *mean_interval(difference))))
-        rows.append(row)
-    return pd.DataFrame(rows).set_index('change').loc[[c for c in ('none', *CHANGES) if c in {r['change'] for r in rows}]]
+        if t := tested.get(_name(r)): accs.setdefault(_key(r), {})[r['config']['seed']] = 100 * t['test_acc']
+    base = next(acc for (change, _), acc in accs.items() if change == 'none')
+    for (change, lr), acc in accs.items():
+        low, high = mean_interval(list(acc.values()))
+        mean = np.mean(list(acc.values()))
+        rows[change] = {'lr': lr, 'runs': len(acc), 'mean': mean, 'from': low, 'to': high}
+        if change == 'none': continue
+        gain = [acc[s] - base[s] for s in acc if s in base]
+        rows[change] |= dict(zip(('gain', 'gain from', 'gain to'), (np.mean(gain), *mean_interval(gain))))
+    table = pd.DataFrame(rows.values(), pd.Index(rows, name='change'))
+    return table.loc[[c for c in ('none', *CHANGES) if c in rows]]
 
 # %% ../nbs/06_helps.ipynb #24c3fbdf
 def results(
@@ -99,28 +111,26 @@ def results(
     runs = sweep(data, REPORT, range(10), out=out, **more)
     sweep(data, [.001], range(5), out=out, **more)
     for reading in READINGS[1:]: sweep(data, REPORT, range(3), reading=reading, out=out, **more)
-    held, folder = split(data), out/'changes'
-    for change in (None, *CHANGES): sweep(held, (.005, .01), range(3), change=change, out=folder, **more)
-    for change, lr in choose(load_runs(folder)).items(): sweep(held, [lr], range(8), change=change if change in CHANGES else None, out=folder, **more)
-    final_test(data, folder)
-    config = runs[0]['config']                                                          # 0.005, seed 0
-    model = load_weights(new_model(data), out/f"{run_name(config, data.sha256)}.safetensors")
+    held, more['out'] = split(data), out/'changes'
+    for change in (None, *CHANGES): sweep(held, (.005, .01), range(3), change=change, **more)
+    for change, lr in choose(load_runs(out/'changes')).items():
+        sweep(held, [lr], range(8), change=change if change in CHANGES else None, **more)
+    final_test(data, out/'changes')
+    model = load_weights(new_model(data), out/f'{_name(runs[0])}.safetensors')          # 0.005, seed 0
     with whole_file(out/'inside.json') as tmp: tmp.write_text(json.dumps(inside(model, data)) + '\n')
 
 def cifar_results(
     argv: list | None = None,  # Arguments; None: the command line's
 ):
     "The command `cifar_results`: all runs of the pages"
-    p = argparse.ArgumentParser('cifar_results', description='Make all run files that the pages are drawn from. Stop it and call it again: it does what is missing.')
-    p.add_argument('--data', default='auto', help="'auto', 'cifar10', 'shapes10' or the path of an .npz (default: auto)")
-    p.add_argument('--out', default='results', help='folder to write to (default: results)')
-    p.add_argument('--epochs', type=int, default=30, help='passes over the training images (default: 30)')
-    p.add_argument('--device', help='cpu, cuda or mps (default: the best one here)')
-    p.add_argument('--workers', type=int, help='runs at a time (default: one per core, a few more where that is faster)')
+    p = _Parser('cifar_results', 'Make all run files that the pages are drawn from. '
+                'Stop it and call it again: it does what is missing.', 'results')
     args = p.parse_args(argv)
-    try:
-        check_sweep(REPORT, range(10), args.device, args.workers, epochs=args.epochs)
-        results(load_data(args.data), args.out, epochs=args.epochs, device=args.device, workers=args.workers)
-    except KeyboardInterrupt: p.exit(130, f'{p.prog}: interrupted. Finished runs are in {args.out}; the same command goes on from there\n')
-    except (ValueError, OSError, ImportError, SweepError) as e: p.exit(2, f'{p.prog}: {e}\n')
-    print(f'{len(load_runs(args.out)) + len(load_runs(Path(args.out)/"changes"))} runs: {args.out}')
+    more = dict(epochs=args.epochs, device=args.device, workers=args.workers)
+    with p.one_line_errors(args.out):
+        check_sweep(REPORT, range(10), **more)
+        data = load_data(args.data)
+        _writable(args.out)
+        results(data, args.out, **more)
+    n, m = (len(load_runs(folder)) for folder in (args.out, Path(args.out)/'changes'))
+    print(f'{n + m} runs are in {args.out}, {m} of them in its folder changes')

@@ -10,7 +10,6 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../nbs/01_model.ipynb #16bcbe34
 READINGS = ('gate', 'mix-first', 'two heads', 'no gate', 'flat gate',
@@ -92,6 +91,7 @@ def summary(
     x: torch.Tensor,  # A batch to send through it
 ) -> pd.DataFrame:  # A row per layer and one for all: output shape, parameters, MACs for one image
     "What each layer gives out, holds and costs"
+    from torch.utils.flop_counter import FlopCounterMode        # takes half a second: not for each process
     shapes, hooks = {}, []
     def note(name, m, i, out): shapes[name] = m, list(i[0].shape), list(out.shape)
     for name, m in model.named_modules():

@@ -421,8 +421,32 @@ def reproduce(
 
 # %% ../nbs/03_report.ipynb #d4d87750
 class _Parser(argparse.ArgumentParser):
-    "An argument parser whose errors are one line"
+    "A parser with the arguments that the commands share, whose errors are one line"
+    def __init__(self, prog, description, out):
+        super().__init__(prog, description=description)
+        self.add_argument('--data', default='auto',
+                          help="'auto', 'cifar10', 'shapes10' or the path of an .npz (default: auto)")
+        self.add_argument('--epochs', type=int, default=30,
+                          help='passes over the training images (default: 30)')
+        self.add_argument('--out', default=out, help=f'folder to write to (default: {out})')
+        self.add_argument('--device', help='cpu, cuda or mps (default: the best one here)')
+        self.add_argument('--workers', type=int,
+                          help='runs at a time (default: one per core, a few more where that is faster)')
+
     def error(self, message): self.exit(2, f'{self.prog}: {message} (see {self.prog} --help)\n')
+
+    @contextmanager
+    def one_line_errors(self, runs):
+        "What goes wrong inside ends the command with one line; finished runs are in the folder `runs`"
+        matplotlib.use('agg')
+        try:
+            with warnings.catch_warnings():             # they are shown without a line of code
+                warnings.showwarning = lambda message, *_, **__: print(message, file=sys.stderr)
+                yield
+        except KeyboardInterrupt:
+            self.exit(130, f'{self.prog}: interrupted. Finished runs are in {runs}; '
+                           'the same command goes on from there\n')
+        except (ValueError, OSError, ImportError, SweepError) as e: self.exit(2, f'{self.prog}: {e}\n')
 
 def _numbers(kind):
     "Parse '1,2' into [1, 2]"
@@ -434,29 +458,14 @@ def cifar_report(
     argv: list | None = None,  # Arguments; None: the command line's
 ):
     "The command `cifar_report`: `reproduce`, then print where the page is and what is in the table"
-    p = _Parser('cifar_report',
-                description='Train a model for each learning rate on CIFAR-10 and write the report.')
-    p.add_argument('--data', default='auto',
-                   help="'auto', 'cifar10', 'shapes10' or the path of an .npz (default: auto)")
+    p = _Parser('cifar_report', 'Train a model for each learning rate on CIFAR-10 and write the report.',
+                'report')
     p.add_argument('--lrs', type=_numbers(float), nargs='+', default=[list(REPORT)],
                    help='learning rates (default: 0.005 0.01 0.0001)')
-    p.add_argument('--epochs', type=int, default=30, help='passes over the training images (default: 30)')
     p.add_argument('--seeds', type=_numbers(int), nargs='+', default=[[0]],
                    help='seeds for each learning rate (default: 0)')
-    p.add_argument('--out', default='report', help='folder to write to (default: report)')
-    p.add_argument('--device', help='cpu, cuda or mps (default: the best one here)')
-    p.add_argument('--workers', type=int,
-                   help='runs at a time (default: one per core, a few more where that is faster)')
     args = vars(p.parse_args(argv))
     lrs, seeds = sum(args.pop('lrs'), []), sum(args.pop('seeds'), [])
-    matplotlib.use('agg')
-    try:
-        with warnings.catch_warnings():                 # they are shown without a line of code
-            warnings.showwarning = lambda message, *_, **__: print(message, file=sys.stderr)
-            page = reproduce(lrs=lrs, seeds=seeds, **args)
-    except KeyboardInterrupt:
-        p.exit(130, f"{p.prog}: interrupted. Finished runs are in {args['out']}/runs; "
-                    "the same command goes on from there\n")
-    except (ValueError, OSError, ImportError, SweepError) as e: p.exit(2, f'{p.prog}: {e}\n')
+    with p.one_line_errors(Path(args['out'])/'runs'): page = reproduce(lrs=lrs, seeds=seeds, **args)
     print((page.parent/'table.md').read_text(encoding='utf-8'))
     print(f'The report: {page}')

@@ -1,4 +1,4 @@
-"""The benchmark: it runs, and what it says has the shape that the notebook draws. What it measures is not tested: no timed tests"""
+"""The benchmark runs, and gives what the notebook draws. What it measures is not tested: no timed tests"""
 import json, subprocess, sys
 
 import matplotlib.pyplot as plt
@@ -13,7 +13,8 @@ def quick(tmp_path_factory):
     "What `cifar_bench --quick` prints and writes"
     folder = tmp_path_factory.mktemp('bench')
     code = 'from cifar_nbdev.bench import cifar_bench; cifar_bench()'
-    r = subprocess.run([sys.executable, '-c', code, '--quick', '--data', 'shapes10', '--out', 'b.json'], cwd=folder, env=clean_env(), capture_output=True, text=True)
+    r = subprocess.run([sys.executable, '-c', code, '--quick', '--data', 'shapes10', '--out', 'b.json'],
+                       cwd=folder, env=clean_env(), capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
     return r.stdout, json.loads((folder/'b.json').read_text())
 
@@ -22,10 +23,14 @@ def test_every_way_is_measured(quick):
     said, result = quick
     assert list(result['seconds']) == list(WAYS) and all(way in said for way in WAYS)
     assert all(len(t) == 1 and t[0] > 0 for t in result['seconds'].values()) and result['floor'] > 0
-    assert result['data'] == dict(name='shapes10 (synthetic)', n_train=1000, n_test=200) and result['env']['device'] == 'cpu'
-    assert abs(sum(result['profile'].values()) - 1) < 1e-6 and result['profile']['convolutions, forward'] > .05
-    assert [n for n, _ in result['images']] == [200, 400, 600, 800, 1000] and [n for n, _ in result['runs']] == [1, 2]
-    assert result['table']['runs'] == 3 and result['memory_policy'].keys() == {'kept', 'given back'} and result['overhead']['processes'] is not None
+    assert result['data'] == dict(name='shapes10 (synthetic)', n_train=1000, n_test=200)
+    assert result['env']['device'] == 'cpu'
+    assert abs(sum(result['profile'].values()) - 1) < 1e-6
+    assert result['profile']['convolutions, forward'] > .05
+    assert [n for n, _ in result['images']] == [200, 400, 600, 800, 1000]
+    assert [n for n, _ in result['runs']] == [1, 2]
+    assert result['table']['runs'] == 3 and result['memory_policy'].keys() == {'kept', 'given back'}
+    assert result['overhead']['processes'] is not None
 
 
 def test_it_can_be_drawn(quick):
@@ -37,7 +42,9 @@ def test_it_can_be_drawn(quick):
     assert not plt.get_fignums()
 
 
-@pytest.mark.parametrize('args, said', [('--rounds 0', 'rounds is 0'), ('--data nowhere', "unknown source 'nowhere'"), ('--out no/such/folder/b.json', 'cannot write')])
+@pytest.mark.parametrize('args, said', [
+    ('--rounds 0', 'rounds is 0'), ('--data nowhere', "unknown source 'nowhere'"),
+    ('--out no/such/folder/b.json', 'cannot write')])
 def test_bad_arguments(args, said, capsys):
     with pytest.raises(SystemExit) as e: cifar_bench(args.split())
     err = capsys.readouterr().err

@@ -15,7 +15,8 @@ from conftest import hashes
 def run(acc, lr=.01, seed=0, change=None):
     "A made-up run that ends with an accuracy"
     config = dict(lr=lr, momentum=.9, weight_decay=5e-4, epochs=1, bs=128, seed=seed, reading='gate')
-    return dict(config=config | ({'change': change} if change else {}), data=dict(name='made up', sha256='0', n_train=9, n_test=1),
+    return dict(config=config | ({'change': change} if change else {}),
+                data=dict(name='made up', sha256='0', n_train=9, n_test=1),
                 epochs=[dict(epoch=1, test_acc=acc)], weights_sha256='')
 
 
@@ -35,11 +36,13 @@ def test_split_takes_the_same_part_of_unequal_classes():
 
 
 def test_the_choice_is_the_best_mean_on_the_images_held_back():
-    runs = [run(a, lr, s, c) for c, by_lr in {None: {.01: (.5, .5), .005: (.7, .2)}, 'cosine schedule': {.01: (.1, .2), .005: (.2, .3)}}.items()
+    accuracies = {None: {.01: (.5, .5), .005: (.7, .2)}, 'cosine schedule': {.01: (.1, .2), .005: (.2, .3)}}
+    runs = [run(a, lr, s, c) for c, by_lr in accuracies.items()
             for lr, accs in by_lr.items() for s, a in enumerate(accs)]
     assert choose(runs) == {'none': .01, 'cosine schedule': .005}
     assert held_back(runs).loc[('cosine schedule', .005)].round(6).tolist() == [2, 25, round(50**.5, 6)]
-    more = runs + [run(.9, .01, s, 'cosine schedule') for s in (2, 3)]         # seeds that the others were not run with do not count
+    # seeds that the others were not run with do not count
+    more = runs + [run(.9, .01, s, 'cosine schedule') for s in (2, 3)]
     assert choose(more) == choose(runs)
 
 
@@ -48,7 +51,7 @@ def test_a_gain_is_counted_seed_by_seed():
     table = gains(runs, as_tested(runs, (.5, .6, .4, .52, .63, .41)))
     row = table.loc['four branches']
     np.testing.assert_allclose((row['mean'], row['gain']), (52, 2))
-    half = 4.302653 * 1 / 3**.5                                                # t with 2 degrees of freedom; differences 2, 3, 1 have sd 1
+    half = 4.302653 * 1 / 3**.5         # t with 2 degrees of freedom; differences 2, 3, 1 have sd 1
     np.testing.assert_allclose((row['gain from'], row['gain to']), (2 - half, 2 + half), rtol=1e-6)
     assert table.index.tolist() == ['none', 'four branches'] and np.isnan(table.loc['none', 'gain'])
 
@@ -74,7 +77,7 @@ def test_all_results_are_made(made):
     changes = load_runs(out/'changes')
     assert len(changes) == 2 * (2*3 + 5) and {r['data']['sha256'] for r in changes} == {split(data).sha256}
     found = json.loads((out/'inside.json').read_text())
-    first = next(r for r in runs if (r['config']['lr'], r['config']['seed'], r['config']['reading']) == (.005, 0, 'gate'))
+    first = next(r for r in runs if [r['config'][k] for k in ('lr', 'seed', 'reading')] == [.005, 0, 'gate'])
     assert np.trace(found['confusion']) / 100 == pytest.approx(first['epochs'][-1]['test_acc'])
 
 
@@ -82,7 +85,8 @@ def test_only_what_was_chosen_is_tested_and_only_once(made):
     data, out = made
     changes = load_runs(out/'changes')
     found, best = json.loads((out/'changes'/'tested.json').read_text()), choose(changes)
-    chosen = {run_name(r['config'], r['data']['sha256']): r['weights_sha256'] for r in changes if best[r['config'].get('change', 'none')] == r['config']['lr']}
+    chosen = {run_name(r['config'], r['data']['sha256']): r['weights_sha256'] for r in changes
+              if best[r['config'].get('change', 'none')] == r['config']['lr']}
     assert {n: t['weights_sha256'] for n, t in found.items()} == chosen and len(chosen) == 2 * 8
     for weights in (out/'changes').glob('*.safetensors'): weights.unlink()
     assert final_test(data, out/'changes') == found                                  # read, not tested again

@@ -1,5 +1,5 @@
 """The package as a whole: metadata in one place, imports one way, docstrings, and nothing global touched"""
-import ast, random, re, runpy, sys
+import ast, json, random, re, runpy, sys
 from configparser import ConfigParser
 from importlib import import_module, metadata
 from types import SimpleNamespace
@@ -74,6 +74,13 @@ def test_imports_run_one_way(module):
         own = {n.split('.')[1] for n in names if n.startswith('cifar_nbdev.')}
         assert own <= allowed | {module}
         assert not {'nbs', 'notebooks', 'nbdev'} & {n.split('.')[0] for n in names}
+
+
+@pytest.mark.parametrize('path', sorted((ROOT/'nbs').glob('*.ipynb')), ids=lambda p: p.stem)
+def test_lines_of_code_fit_a_page(path):
+    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+    code = [line for c in cells if c['cell_type'] == 'code' for line in ''.join(c['source']).splitlines()]
+    assert not [line for line in code if len(line) > 110 and not line.startswith('#| fig-')]
 
 
 def public(body, owner=''):
