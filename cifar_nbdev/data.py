@@ -8,9 +8,9 @@ __all__ = ['CLASSES', 'SHAPES', 'SHAPES_NAME', 'NAME', 'JPEG_NAME', 'ARCHIVE', '
            'ImageDataset', 'Shuffle', 'BatchLoader', 'DataLoaders', 'dataloaders']
 
 # %% ../nbs/00_data.ipynb #e14c13d9
-import hashlib, os, sys, tempfile, time, urllib.request, warnings, zipfile
+import hashlib, http.client, os, sys, tempfile, time, urllib.request, warnings, zipfile, zlib
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -145,12 +145,12 @@ def _load_npz(path, name=None):
     except IsADirectoryError:
         raise DataError(f'{path}: a folder, wanted an .npz file '
                         '(for a folder with the official archive: root=)') from None
-    except (ValueError, EOFError, OSError, KeyError, zipfile.BadZipFile, zipfile.zlib.error) as e:
+    except (ValueError, EOFError, OSError, KeyError, zipfile.BadZipFile, zlib.error) as e:
         raise DataError(f'{path}: not a whole .npz archive of plain arrays ({e}). '
                         'Get or make the file again') from e
     data = ImageData(x_train, y_train, x_test, y_test, CLASSES, claim)
     if claim.startswith(NAME) and claim != JPEG_NAME:
-        object.__setattr__(data, 'name', f'{NAME}, unverified copy {data.sha256[:8]}')
+        return replace(data, name=f'{NAME}, unverified copy {data.sha256[:8]}')
     return data
 
 # %% ../nbs/00_data.ipynb #07babe05
@@ -178,8 +178,8 @@ def whole_file(
         os.replace(tmp, path)
     finally: Path(tmp).unlink(missing_ok=True)
 
-_UMASK = os.umask(0)
-os.umask(_UMASK)                                        # the only way to read it is to set it
+_UMASK = os.umask(0)                                    # the only way to read it is to set it
+_ = os.umask(_UMASK)
 
 # %% ../nbs/00_data.ipynb #e43cc248
 ARCHIVE, ARCHIVE_SIZE, ARCHIVE_MD5 = 'cifar-10-python.tar.gz', 170_498_071, 'c58f30108f718f92721af3b95e74349a'
@@ -226,7 +226,7 @@ def download(
             with whole_file(path) as tmp:
                 _fetch(url, tmp, md5, size, timeout, 0 if url == urls[-1] else floor, grace)
             return Path(path)
-        except (OSError, ValueError, urllib.request.http.client.HTTPException) as e:
+        except (OSError, ValueError, http.client.HTTPException) as e:
             said.append(f'  {url}: {e}')
     raise DownloadError('no source gave the file:\n' + '\n'.join(said))
 
@@ -309,7 +309,7 @@ def load_data(
         return load_data(env, root, name, download)
     try: return _official(root, fetch=False)
     except (FileNotFoundError, ImportError): pass
-    for npz in sorted(_roots(root)[0].glob('cifar10*.npz')): return _load_npz(npz, name)
+    if found := sorted(_roots(root)[0].glob('cifar10*.npz')): return _load_npz(found[0], name)
     try: return _official(root, download)
     except (OSError, ImportError) as e:
         warnings.warn(_NOT_CIFAR.format(why=str(e).replace('\n', '\n  ')), stacklevel=2)
@@ -362,7 +362,7 @@ class BatchLoader:
     def __iter__(self):
         order = self.sampler.order() if self.sampler else torch.arange(len(self.x))
         for i in order.split(self.bs):
-            # (B, 3, 32, 32) in [0, 1], and (B,); index_select is three times as fast as x[i]
+            # (B, 3, 32, 32) in [0, 1], and (B,); index_select is faster than x[i]
             yield self.x.index_select(0, i) / 255, self.y[i]
 
 class DataLoaders(NamedTuple):

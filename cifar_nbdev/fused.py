@@ -17,7 +17,7 @@ from .model import ImageClassifier
 
 # %% ../nbs/01b_fused.ipynb #1ebb80c4
 class _Linear(torch.autograd.Function):
-    "R linear layers as one batched product; its gradients are rounded as `F.linear`'s, unlike autograd's own"
+    "R linear layers as one batched product, whose gradients are summed in the order of `F.linear`'s"
     @staticmethod
     def forward(ctx, h, w, b):                                          # (R, B, N), (R, C, N), (R, C)
         ctx.save_for_backward(h, w)
@@ -144,7 +144,7 @@ def fit_fused(
         start = time.perf_counter()
         for rows in shuffle.order().to(device).split(bs): step(rows)
         judged = _judge(net, x_test, y_test, 2000)
-        values = torch.stack([step.losses / n, step.hits / n, *judged]).T.tolist()      # the one question
+        values = torch.stack([step.losses / n, step.hits / n, *judged]).T.tolist()      # synchronises
         step.losses.zero_(); step.hits.zero_()
         seconds = round((time.perf_counter() - start) / len(models), 4)
         for h, (train_loss, train_acc, test_loss, test_acc) in zip(history, values):

@@ -64,12 +64,12 @@ def by_lr(
     lrs = [lr for lr in REPORT if lr in lrs] + sorted(lr for lr in lrs if lr not in REPORT)
     return {lr: [r for r in runs if r['config']['lr'] == lr] for lr in lrs}
 
-def _band(ax, runs, key, scale, label, **line):
-    "Mean over runs as a line, lowest to highest as a band"
+def _draw(ax, runs, key, scale, label, band=False, **line):
+    "Mean over runs as a line; with `band`, an area from the lowest to the highest"
     values = scale * np.array([[e[key] for e in r['epochs']] for r in runs])        # (runs, epochs)
     epochs = np.arange(1, values.shape[1] + 1)
     ax.plot(epochs, values.mean(0), label=label, **line)
-    if len(runs) > 1:
+    if band and len(runs) > 1:
         ax.fill_between(epochs, values.min(0), values.max(0), color=line['color'], alpha=.2, lw=0)
 
 def curves(
@@ -84,16 +84,15 @@ def curves(
                                 sharex=True, sharey='row', squeeze=False)
         for (top, bottom), (lr, group) in zip(axs.T, groups.items()):
             color = COLORS.get(lr, _OTHER)
-            _band(top, group, 'train_loss', 1, 'training', color=color, ls='--')
-            _band(top, group, 'test_loss', 1, 'test', color=color)
-            _band(bottom, group, 'train_acc', 100, 'training', color=color, ls='--')
-            _band(bottom, group, 'test_acc', 100, 'test', color=color)
+            _draw(top, group, 'train_loss', 1, 'training', color=color, ls='--')
+            _draw(top, group, 'test_loss', 1, 'test', band=True, color=color)
+            _draw(bottom, group, 'train_acc', 100, 'training', color=color, ls='--')
+            _draw(bottom, group, 'test_acc', 100, 'test', band=True, color=color)
             letter = f'({FIGURES[lr]}) ' if lr in FIGURES else ''
             seeds = f', {len(group)} seeds' if len(group) > 1 else ''
             top.set_title(f'{letter}lr {lr:g}{seeds}', fontsize=11)
             bottom.set_xlabel('epoch')
-            for ax in (top, bottom): ax.legend()
-        axs[0, 0].set_ylim(bottom=0); axs[1, 0].set_ylim(bottom=0)
+        for ax in axs[:, 0]: ax.set_ylim(bottom=0); ax.legend()
         axs[0, 0].set_ylabel('loss (cross-entropy)'); axs[1, 0].set_ylabel('accuracy (%)')
         fig.suptitle(_label(name), fontsize=10, color='#b00020' if name == SHAPES_NAME else '#444')
         fig.align_ylabels(); fig.tight_layout()

@@ -421,7 +421,7 @@ def load_runs(
 
 # %% ../nbs/02_train.ipynb #e46f8e5c
 class SweepError(RuntimeError):
-    "Some runs of a sweep failed; `runs` has those that did not, and `errors` says by name what happened"
+    "Some runs of a sweep failed; `runs` has those that finished, and `errors` says by name what happened"
     def __init__(self, errors, runs):
         super().__init__(f'{len(errors)} of {len(errors) + len(runs)} runs failed:\n' +
                          '\n'.join(f'  {name}: {type(e).__name__}: {e}' for name, e in errors.items()))
