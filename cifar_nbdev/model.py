@@ -107,7 +107,7 @@ def _weighted_sum(a, c):
 def summary(
     model: nn.Module,  # Any model
     x: torch.Tensor,  # A batch to send through it
-) -> pd.DataFrame:  # A row per layer and one for all: output shape, parameters, MACs for one image
+) -> pd.DataFrame:  # A row per layer and one for all: input, output, parameters, MACs for one image
     "What each layer gives out, holds and costs"
     from torch.utils.flop_counter import FlopCounterMode        # takes half a second: not for each process
     shapes, hooks = {}, []
