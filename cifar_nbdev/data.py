@@ -146,7 +146,7 @@ def _load_npz(path, name=None):
         raise DataError(f'{path}: a folder, wanted an .npz file '
                         '(for a folder with the official archive: root=)') from None
     except (ValueError, EOFError, OSError, KeyError, zipfile.BadZipFile, zlib.error) as e:
-        raise DataError(f'{path}: not a whole .npz archive of plain arrays ({e}). '
+        raise DataError(f'{path}: not a whole .npz archive of plain arrays ({type(e).__name__}). '
                         'Get or make the file again') from e
     data = ImageData(x_train, y_train, x_test, y_test, CLASSES, claim)
     if claim.startswith(NAME) and claim != JPEG_NAME:
@@ -272,7 +272,8 @@ def _official(root=None, fetch=True):
     for r in roots:
         if (data := _read_official(r)) is not None: return data
     advice = (f'Put {ARCHIVE} ({ARCHIVE_SIZE:,} bytes, MD5 {ARCHIVE_MD5}) into {roots[0]}, '
-              "or name its address in CIFAR10_URL, or use source='shapes10', which needs no data")
+              "or name its address in CIFAR10_URL, or use source='shapes10' (--data shapes10), "
+              'which needs no data')
     if not fetch: raise FileNotFoundError(f'no CIFAR-10 in {" or ".join(map(str, roots))}. {advice}')
     _torchvision_cifar10()                              # fails now rather than after the download
     urls = [os.environ['CIFAR10_URL']] if os.environ.get('CIFAR10_URL') else []
@@ -284,7 +285,7 @@ def _official(root=None, fetch=True):
 # %% ../nbs/00_data.ipynb #4c8ab800
 _NOT_CIFAR = """
 **********************************************************************
-  This is NOT CIFAR-10: training on synthetic shapes instead.
+  This is NOT CIFAR-10: using synthetic shapes instead.
   {why}
 **********************************************************************"""
 

@@ -227,7 +227,8 @@ def _order_claims(runs, groups, n_test):
     yield '0.005 is the best', said, _together([verdict(e, 0) for e in ends]), d
     said, ends, d = ahead(a, (b,))
     width = 100 * half_width(_last(groups[a]).mean() / 100, n_test)
-    yield ('0.005 and 0.01 are nearly alike', f'{said} ({ends[0][0]:+.2f} to {ends[0][1]:+.2f})',
+    if len(d) > 1: said += f' ({ends[0][0]:+.2f} to {ends[0][1]:+.2f})'
+    yield ('0.005 and 0.01 are nearly alike', said,
            verdict(ends[0], -width, width), d)
     said, ends, d = ahead(c, (a, b))
     yield '0.0001 is the worst', said, _together([verdict(e, -np.inf, 0) for e in ends]), d
@@ -323,7 +324,10 @@ def _page(runs, figures, took):
                      f'src="data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}">'
                      f'<figcaption>{caption}</figcaption></figure>'
                      for lr, (caption, svg) in figures.items())
-    table = accuracy_table(runs).reset_index().rename_axis(columns=None)
+    table, ledger, note = accuracy_table(runs).reset_index().rename_axis(columns=None), claims(runs), ''
+    if warn:
+        ledger = ledger[ledger['verdict'] != 'not CIFAR-10']
+        note = '<p>Statements about accuracies and losses on CIFAR-10 are left out.</p>'
     said = '; '.join(f"{html.escape(str(k))} {html.escape(str(v))}" for k, v in env.items())
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">\
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -336,7 +340,7 @@ weight decay {config['weight_decay']}; {len(runs)} runs</p>{warn}
 <h2>Accuracy</h2><p>Test accuracy after the last epoch, in percent: the report's, one run each on CIFAR-10, \
 beside ours on {html.escape(_label(name))}.</p>
 {_html(table, formatters={'lr': '{:g}'.format, 'momentum': '{:g}'.format, 'weight decay': '{:g}'.format})}
-<h2>What the report says</h2>{_html(claims(runs), 'text')}
+<h2>What the report says</h2>{note}{_html(ledger, 'text')}
 <h2>The runs</h2>{_html(_run_table(runs))}
 <p class="soft">{took} Made by cifar_nbdev {__version__}: {said}. \
 Data: {html.escape(name)}, sha256 <code>{data['sha256'][:16]}</code>.</p>
@@ -411,7 +415,7 @@ def reproduce(
             f'which took {_time(time.perf_counter() - start)}; '
             f'all of them together took {_time(sum(r["wall_seconds"] for r in runs))} of computing.')
     table, figures = accuracy_table(runs), _save_figures(runs, out/'figures')
-    with whole_file(out/'table.csv') as tmp: table.to_csv(tmp)
+    with whole_file(out/'table.csv') as tmp: table.assign(data=_label(data.name)).to_csv(tmp)
     note = '' if data.name.startswith(NAME) else f'\nThis is NOT CIFAR-10, but {data.name}. {_GET_DATA}\n'
     with whole_file(out/'table.md') as tmp:
         tmp.write_text(f'{table.columns.name}\n\n{markdown(table)}{note}', encoding='utf-8')
@@ -465,6 +469,12 @@ def cifar_report(
                    help='seeds for each learning rate (default: 0)')
     args = vars(p.parse_args(argv))
     lrs, seeds = sum(args.pop('lrs'), []), sum(args.pop('seeds'), [])
-    with p.one_line_errors(Path(args['out'])/'runs'): page = reproduce(lrs=lrs, seeds=seeds, **args)
+    runs = Path(args['out'])/'runs'
+    with p.one_line_errors(runs):
+        check_sweep(lrs, seeds, args['device'], args['workers'], epochs=args['epochs'])
+        data = load_data(args.pop('data'))
+        print(f"Training {len(lrs) * len(seeds)} models for {args['epochs']} epochs each; "
+              f'runs that are in {runs} already are not done again', flush=True)
+        page = reproduce(data, lrs, seeds=seeds, **args)
     print((page.parent/'table.md').read_text(encoding='utf-8'))
     print(f'The report: {page}')

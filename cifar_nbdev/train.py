@@ -224,6 +224,7 @@ def fit(
 ) -> History:  # A row per epoch
     "Train with cross-entropy and SGD; test after each epoch"
     check_settings(lr, momentum, weight_decay, epochs)
+    if isinstance(dls, ImageData): raise ValueError('dls is ImageData, wanted loaders: dataloaders(data)')
     device, (train, test) = pick_device(device), dls
     if device.type == 'cpu': keep_freed_memory()
     model.to(device)
@@ -546,6 +547,8 @@ def check_sweep(
     **settings,  # Of all runs: momentum, weight_decay, epochs, bs, reading, change
 ) -> list:  # Settings of each run, for each learning rate those of each seed
     "Raise a `ValueError` for the first senseless argument of a sweep, before anything is loaded or trained"
+    for name, values in dict(lrs=lrs, seeds=seeds).items():
+        if np.isscalar(values): raise ValueError(f'{name} is {values!r}, wanted a list: [{values!r}]')
     lrs, seeds = list(lrs), list(seeds)
     for name, values in dict(lrs=lrs, seeds=seeds).items():
         if not values: raise ValueError(f'{name} is empty, wanted at least one value')
