@@ -469,12 +469,6 @@ def cifar_report(
                    help='seeds for each learning rate (default: 0)')
     args = vars(p.parse_args(argv))
     lrs, seeds = sum(args.pop('lrs'), []), sum(args.pop('seeds'), [])
-    runs = Path(args['out'])/'runs'
-    with p.one_line_errors(runs):
-        check_sweep(lrs, seeds, args['device'], args['workers'], epochs=args['epochs'])
-        data = load_data(args.pop('data'))
-        print(f"Training {len(lrs) * len(seeds)} models for {args['epochs']} epochs each; "
-              f'runs that are in {runs} already are not done again', flush=True)
-        page = reproduce(data, lrs, seeds=seeds, **args)
+    with p.one_line_errors(Path(args['out'])/'runs'): page = reproduce(lrs=lrs, seeds=seeds, **args)
     print((page.parent/'table.md').read_text(encoding='utf-8'))
     print(f'The report: {page}')

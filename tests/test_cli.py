@@ -113,6 +113,7 @@ def test_it_says_everywhere_that_this_is_not_cifar10(good):
     html, page = read_page(good)
     assert 'This is NOT CIFAR-10' in said.stdout and '--data cifar10' in said.stdout
     assert 'This is not CIFAR-10' in page.text[:page.text.index('Loss and accuracy')]
+    assert 'nan' not in page.text and 'accuracy around 50%' not in page.text           # statements about CIFAR-10
     assert '--data cifar10' in page.text
     assert 'not CIFAR-10' in html[html.index('<title>'):html.index('</title>')]
     for svg in (folder/'report'/'figures').glob('*.svg'):       # letters are paths, the text is a comment
