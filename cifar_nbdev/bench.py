@@ -107,6 +107,9 @@ def _keras(data, epochs, tick):
     model.fit(*train, batch_size=128, epochs=epochs, validation_data=test, verbose=0,
               callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: tick())])
 
+def _fit(model, data, epochs, tick):
+    fit(model, dataloaders(data), epochs, device='cpu', progress=False, callbacks=[lambda *_: tick()])
+
 WAYS = {
     "the report's recipe": lambda data, epochs, tick: plain_loop(
         TwoConvolutions(), dataloaders(data, num_workers=2), epochs, tick),
@@ -114,9 +117,8 @@ WAYS = {
         TwoConvolutions(), dataloaders(data), epochs, tick),
     'one convolution': lambda data, epochs, tick: plain_loop(
         ImageClassifier(seed=0), dataloaders(data), epochs, tick),
-    'fit': lambda data, epochs, tick: fit(
-        ImageClassifier(seed=0), dataloaders(data), epochs, device='cpu', progress=False,
-        callbacks=[lambda *_: tick()])}
+    'fit, by autograd': lambda *args: _fit(nn.Sequential(ImageClassifier(seed=0)), *args),
+    'fit': lambda *args: _fit(ImageClassifier(seed=0), *args)}
 PEERS = {'Lightning': _lightning, 'skorch': _skorch, 'Keras': _keras}
 
 # %% ../nbs/05_speed.ipynb #ac0f751c
@@ -143,15 +145,16 @@ def floor(
 _PARTS = {
     'convolutions, forward': ('mkldnn_convolution',),
     'convolutions, gradient': ('convolution_backward',),
-    'ReLU and gates': ('bmm', 'clamp_min', 'relu', 'threshold_backward', 'einsum', 'mean'),
+    'ReLU and gates': ('bmm', 'clamp_min', 'relu', 'sign', 'mul of branches', 'mean'),
     'linear layers': ('addmm', 'mm'),
-    'picking and converting images': ('index_select', 'index', 'div'),
+    'picking and converting images': ('index_select', 'index', 'copy', 'div'),
     'loss': ('_log_softmax', '_log_softmax_backward_data', 'nll_loss_forward', 'nll_loss_backward'),
     'optimizer': ('Optimizer.step#SGD.step', 'Optimizer.zero_grad#SGD.zero_grad', 'add', 'mul')}
 
-def _step_part(key):
+def _step_part(event):
     "The part of a training step that an operation belongs to, by its name without the _ of in-place"
-    name = key.removeprefix('aten::').rstrip('_')
+    name = event.key.removeprefix('aten::').rstrip('_')
+    if name == 'mul' and len(event.input_shapes[0]) == 3: name = 'mul of branches'      # (B, K, C*H*W)
     return next((part for part, names in _PARTS.items() if name in names), 'everything else')
 
 def _profile(data):
@@ -159,10 +162,11 @@ def _profile(data):
     from torch.profiler import profile
     loop = lambda: fit(ImageClassifier(seed=0), dataloaders(data), 1, device='cpu', progress=False)
     loop()
-    with profile() as p: loop()
-    total = sum(e.self_cpu_time_total for e in p.key_averages())
+    with profile(record_shapes=True) as p: loop()
+    events = p.key_averages(group_by_input_shape=True)
+    total = sum(e.self_cpu_time_total for e in events)
     shares = dict.fromkeys([*_PARTS, 'everything else'], 0)
-    for e in p.key_averages(): shares[_step_part(e.key)] += e.self_cpu_time_total / total
+    for e in events: shares[_step_part(e)] += e.self_cpu_time_total / total
     return shares
 
 # %% ../nbs/05_speed.ipynb #3d9914df

@@ -364,7 +364,7 @@ class BatchLoader:
         order = self.sampler.order() if self.sampler else torch.arange(len(self.x))
         for i in order.split(self.bs):
             # (B, 3, 32, 32) in [0, 1], and (B,); index_select is faster than x[i]
-            yield self.x.index_select(0, i) / 255, self.y[i]
+            yield self.x.index_select(0, i).float().div_(255), self.y[i]
 
 class DataLoaders(NamedTuple):
     "A loader of training batches and one of test batches"

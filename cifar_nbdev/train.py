@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from .data import DataLoaders, ImageData, dataloaders, progress_bar, whole_file
 from .fused import fit_fused
+from .gradient import is_plain_gate, loss_and_gradient
 from .model import ImageClassifier
 
 # %% ../nbs/02_train.ipynb #f1ed6261
@@ -181,12 +182,15 @@ def _train_epoch(model, dl, opt, device, bar):
     model.train()
     # not a tensor per step: those would pin the memory around them
     sizes, (losses, hits) = [], torch.zeros(2, len(dl), device=device)
+    by_hand = device.type == 'cpu' and is_plain_gate(model)
     for i, (xb, yb) in enumerate(dl):
         xb, yb = xb.to(device), yb.to(device)
-        logits = model(xb)                                          # (B, 10)
-        loss = F.cross_entropy(logits, yb)
-        opt.zero_grad()
-        loss.backward()
+        if by_hand: loss, logits = loss_and_gradient(model, xb, yb)
+        else:
+            logits = model(xb)                                      # (B, 10)
+            loss = F.cross_entropy(logits, yb)
+            opt.zero_grad()
+            loss.backward()
         opt.step()
         losses[i], hits[i] = loss.detach(), (logits.detach().argmax(1) == yb).sum()
         sizes.append(len(yb))
@@ -446,8 +450,10 @@ def _images(shared):
         _mapped.update(folder=folder, data=ImageData(*arrays, classes, name, sha256))
     return _mapped['data']
 
-def _work(config, shared, device, out, scratch, name):
-    "Do one run in a worker process, and save it; the run, and its weights if they are not saved"
+class _Paused(Exception): "A run has come to the epoch at which it is put aside"
+
+def _work(config, shared, device, out, scratch, name, pause=None):
+    "Do a run in a worker process, and save it; the run (None: put aside), and its weights if not saved"
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())                    # its own is a semaphore: a killed process leaves it
     here = bool(out) and Path(out).is_dir()             # a machine without our disk sends its weights home
@@ -455,9 +461,12 @@ def _work(config, shared, device, out, scratch, name):
         return load_run(done), None                     # asked again, since its result was lost on the way
     def tick(model, history):                           # a byte per epoch, where the sweep can see it
         if Path(scratch).is_dir(): Path(scratch, f'{name}.epochs').write_text('.' * len(history))
-    checkpoint = Path(out)/f'{name}.ckpt' if here else None
-    run, model = train_run(_images(shared), **config, device=device, progress=False,
-                           checkpoint=checkpoint, callbacks=[tick])
+        if len(history) == pause: raise _Paused
+    folder = out if here else scratch
+    checkpoint = Path(folder)/f'{name}.ckpt' if Path(folder).is_dir() else None
+    try: run, model = train_run(_images(shared), **config, device=device, progress=False,
+                                checkpoint=checkpoint, callbacks=[tick])
+    except _Paused: return None, None                   # the checkpoint has it; the rest is for later
     if here:
         save_run(run, out, model)
         checkpoint.unlink(missing_ok=True)
@@ -494,20 +503,24 @@ def _spread(data, missing, device, workers, out, executor, bar):
     "Do runs in other processes: name -> run, or the error that it ended with"
     from cifar_nbdev.train import _work                 # by module: other processes see no notebook's cells
     results, left, epochs = {}, missing, next(iter(missing.values()))['epochs']
-    cores = loky.cpu_count() if device.type == 'cpu' else 1
-    # three runs on two cores: better all at once than one alone at the end
-    slots = workers or (cores if len(missing) >= 2*cores else len(missing))
+    slots = min(workers or (loky.cpu_count() if device.type == 'cpu' else 1), len(missing))
+    # three runs on two cores: the first is put aside halfway, so that no core has nothing to do at the end
+    halved = {} if executor else dict.fromkeys(list(missing)[:len(missing) % slots], epochs // 2)
     folder = out and str(Path(out).resolve())
     with tempfile.TemporaryDirectory() as scratch:
         shared = _share(data, scratch, executor)
         for attempt in range(3):
             with nullcontext(executor) if executor else _processes(slots) as pool:
-                futures = {name: pool.submit(_work, c, shared, str(device), folder, scratch, name)
-                           for name, c in left.items()}
+                def submit(name, pause=None):
+                    return pool.submit(_work, left[name], shared, str(device), folder, scratch, name, pause)
+                futures = {name: submit(name, halved.pop(name, None)) for name in left}
                 try:
                     for name, f in _ended(futures, bar, scratch, epochs):
                         results[name], weights = (f.exception(), None) if f.exception() else f.result()
-                        if out and not f.exception() and not (Path(out)/f'{name}.json').exists():
+                        if results[name] is None:       # put aside: goes on when all others have begun
+                            try: futures[name] = submit(name)
+                            except BrokenExecutor as e: results[name] = e
+                        elif out and not f.exception() and not (Path(out)/f'{name}.json').exists():
                             save_run(results[name], out, weights)
                 finally:            # after an interrupt, else none is left; our own processes are killed
                     for f in futures.values() if executor else (): f.cancel()
@@ -574,7 +587,7 @@ def sweep(
     reading: str = 'gate',  # Of the model, see `ImageClassifier`
     change: str | None = None,  # Of the recipe, one of `CHANGES`
     device: str | torch.device | None = None,  # None: the best one here
-    workers: int | None = None,  # Runs at a time; None: one per core, or all if fewer than twice that
+    workers: int | None = None,  # Runs at a time; None: one per core
     out: str | Path | None = None,  # Folder for runs' JSON and weights; runs found there are not done again
     progress: bool = True,  # Show a bar over the epochs of all runs
     executor: Executor | None = None,  # Does runs; None: processes here, on CUDA fused by seed if no change

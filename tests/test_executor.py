@@ -80,8 +80,8 @@ def test_images_travel_to_a_dask_worker_once(data):
 
 class Elsewhere(Pool):
     "As if its processes ran on a machine that does not share our disk"
-    def submit(self, fn, config, shared, device, out, scratch, name):
-        return super().submit(fn, config, shared, device, '/not/here', '/nor/here', name)
+    def submit(self, fn, config, shared, device, out, scratch, name, pause):
+        return super().submit(fn, config, shared, device, '/not/here', '/nor/here', name, pause)
 
 
 def test_a_worker_without_our_disk_sends_its_weights_home(data, expected, tmp_path):

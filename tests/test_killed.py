@@ -1,12 +1,13 @@
 """Processes killed in the middle: what they finished is kept, and going on gives bitwise the same weights"""
 import os, signal, subprocess, sys, time
+from functools import partial
 
 import pytest
 import torch
 
 from cifar_nbdev.data import dataloaders, shapes10, whole_file
 from cifar_nbdev.model import ImageClassifier
-from cifar_nbdev.train import (fit, load_runs, load_weights, run_name, save_run, sweep, train_run,
+from cifar_nbdev.train import (_work, fit, load_runs, load_weights, run_name, save_run, sweep, train_run,
                                weights_sha256)
 from conftest import clean_env, hashes, python
 
@@ -200,3 +201,26 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, error):
             tmp.write_text('new')
             raise error
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [('file', 'old')]
+
+
+def test_a_run_put_aside_halfway_ends_with_the_same_weights(small, tmp_path):
+    lrs = (.005, .01, .0001)                            # three runs, two at a time: the first is put aside
+    for out in (None, tmp_path):
+        for run in sweep(small, lrs, epochs=5, device='cpu', workers=2, progress=False, out=out):
+            alone, _ = train_run(small, run['config']['lr'], epochs=5, device='cpu', progress=False)
+            assert run['weights_sha256'] == alone['weights_sha256']
+            assert [e['epoch'] for e in run['epochs']] == [1, 2, 3, 4, 5]
+            assert run['wall_seconds'] > .9 * sum(e['seconds'] for e in run['epochs'])
+    assert {p.suffix for p in tmp_path.iterdir()} == {'.json', '.safetensors'}
+
+
+def test_a_run_is_put_aside_at_the_epoch_asked_for(small, tmp_path):
+    config = dict(lr=.01, seed=0, epochs=3, bs=128, momentum=.9, weight_decay=5e-4, reading='gate')
+    work = partial(_work, config, small, 'cpu', None, str(tmp_path), 'run')         # no folder for results
+    assert work(2) == (None, None)
+    epochs = torch.load(tmp_path/'run.ckpt', weights_only=True)['epochs']
+    assert [e['epoch'] for e in epochs] == [1, 2]
+    run, weights = work()
+    assert run['epochs'][:2] == epochs and len(run['epochs']) == 3
+    assert run['weights_sha256'] == train_run(small, **config, device='cpu', progress=False)[0]['weights_sha256']
+    assert set(weights) == set(ImageClassifier().state_dict())
