@@ -12,21 +12,21 @@ from torch import nn
 
 from .model import ImageClassifier
 
-# %% ../nbs/01c_gradient.ipynb #732b0e54
+# %% ../nbs/01c_gradient.ipynb #7d25f858
 @torch.no_grad()
 def loss_and_gradient(
-    model: ImageClassifier,  # One that `is_plain_gate` accepts; gradients are left in its parameters' `.grad`
+    model: ImageClassifier,  # One that `is_plain_gate` accepts; gets its gradients in `.grad`
     x: torch.Tensor,  # Images (B, 3, 32, 32), float in [0, 1]
     y: torch.Tensor,  # Labels (B,)
 ) -> tuple[torch.Tensor, torch.Tensor]:  # Mean cross-entropy, and logits (B, classes)
     "What `model(x)`, `cross_entropy` and `backward()` compute, in fewer passes over memory"
     model._check(x)
     conv, fc, gate, colour = model.conv, model.fc, model.gate, x.mean((2, 3))   # colour (B, 3)
-    a, c = gate(colour), F.relu_(conv(x))                                   # (B, K), (B, K*C, H, W)
+    a, c = gate(colour), F.relu_(conv(x)).contiguous()                      # (B, K), (B, K*C, H, W)
     c_k = c.view(len(x), model.branches, -1)                                # (B, K, C*H*W)
     h = torch.bmm(a[:, None], c_k)[:, 0]                                    # (B, C*H*W)
     logits = fc(h)                                                          # (B, classes)
-    with torch.enable_grad():               # this end of the chain is small: p - e_y, as PyTorch rounds it
+    with torch.enable_grad():                                               # p - e_y, as PyTorch rounds it
         loss = F.cross_entropy(logits.requires_grad_(), y)
     d_z, = torch.autograd.grad(loss, logits)
     fc.weight.grad, fc.bias.grad = d_z.T @ h, d_z.sum(0)
@@ -39,6 +39,7 @@ def loss_and_gradient(
         conv.groups, [False, True, True])
     return loss.detach(), logits.detach()
 
+# %% ../nbs/01c_gradient.ipynb #44aa9ba9
 def is_plain_gate(
     model: nn.Module,  # Any model
 ) -> bool:  # May `loss_and_gradient` do what autograd would?

@@ -1,0 +1,62 @@
+"""The gradient by hand is used where it may be, and nobody can tell"""
+import pytest
+import torch
+from torch import nn
+
+from cifar_nbdev.data import dataloaders
+from cifar_nbdev.model import READINGS, ImageClassifier
+from cifar_nbdev.train import fit, weights_sha256
+
+
+def trained(model, data, by_autograd=False, wrap=lambda dl: dl):
+    "The model after two epochs of `fit`; in another module it is not recognised"
+    train, test = dataloaders(data)
+    fit(nn.Sequential(model) if by_autograd else model, (wrap(train), test), 2, device='cpu', progress=False)
+    return model
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    "Counts calls of `loss_and_gradient`"
+    from cifar_nbdev import train
+    found, original = [], train.loss_and_gradient
+    monkeypatch.setattr(train, 'loss_and_gradient', lambda *args: (found.append(1), original(*args))[1])
+    return found
+
+
+@pytest.mark.parametrize('threads', [1, 2])
+def test_fit_gives_the_bits_of_autograd(small, calls, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try: by_hand, other = (trained(ImageClassifier(seed=0), small, b) for b in (False, True))
+    finally: torch.set_num_threads(before)
+    assert weights_sha256(by_hand) == weights_sha256(other)
+    assert len(calls) == 2 * len(dataloaders(small).train)
+
+
+@pytest.mark.parametrize('reading', READINGS)
+def test_other_readings_are_left_to_autograd(small, calls, reading):
+    trained(ImageClassifier(reading=reading, seed=0), small)
+    assert bool(calls) == (reading == 'gate')
+
+
+def test_hooks_see_every_step_from_the_epoch_after(small, calls):
+    model, seen, train = ImageClassifier(seed=0), [], dataloaders(small).train
+    def watch(model, history):
+        if len(history) == 1: model.fc.register_full_backward_hook(lambda *args: seen.append(1))
+    fit(model, dataloaders(small), 3, device='cpu', progress=False, callbacks=[watch])
+    assert len(calls) == len(train) and len(seen) == 2 * len(train)
+
+
+@pytest.mark.parametrize('what', ['weights', 'images'])
+def test_another_order_in_memory_is_no_matter(small, what):
+    class Last:
+        "A loader of images in channels_last order"
+        def __init__(self, dl): self.dl, self.sampler = dl, dl.sampler
+        def __len__(self): return len(self.dl)
+        def __iter__(self): return ((x.to(memory_format=torch.channels_last), y) for x, y in self.dl)
+
+    plain, model = trained(ImageClassifier(seed=0), small), ImageClassifier(seed=0)
+    if what == 'weights': trained(model.to(memory_format=torch.channels_last), small)
+    else: trained(model, small, wrap=Last)
+    for p, q in zip(plain.parameters(), model.parameters()): torch.testing.assert_close(p, q, atol=1e-6, rtol=0)
