@@ -158,7 +158,7 @@ def _step_part(event):
     return next((part for part, names in _PARTS.items() if name in names), 'everything else')
 
 def _profile(data):
-    "Shares of an epoch's training steps, by what they do"
+    "Shares of an epoch's time in operators, training and test pass, by what they do"
     from torch.profiler import profile
     loop = lambda: fit(ImageClassifier(seed=0), dataloaders(data), 1, device='cpu', progress=False)
     loop()

@@ -12,7 +12,7 @@ from torch import nn
 
 from .model import ImageClassifier
 
-# %% ../nbs/01c_gradient.ipynb #7d25f858
+# %% ../nbs/01c_gradient.ipynb #95df5e0f
 @torch.no_grad()
 def loss_and_gradient(
     model: ImageClassifier,  # One that `is_plain_gate` accepts; gets its gradients in `.grad`
@@ -26,7 +26,7 @@ def loss_and_gradient(
     c_k = c.view(len(x), model.branches, -1)                                # (B, K, C*H*W)
     h = torch.bmm(a[:, None], c_k)[:, 0]                                    # (B, C*H*W)
     logits = fc(h)                                                          # (B, classes)
-    with torch.enable_grad():                                               # p - e_y, as PyTorch rounds it
+    with torch.enable_grad():                                               # (p - e_y) / B, PyTorch's way
         loss = F.cross_entropy(logits.requires_grad_(), y)
     d_z, = torch.autograd.grad(loss, logits)
     fc.weight.grad, fc.bias.grad = d_z.T @ h, d_z.sum(0)
@@ -39,7 +39,7 @@ def loss_and_gradient(
         conv.groups, [False, True, True])
     return loss.detach(), logits.detach()
 
-# %% ../nbs/01c_gradient.ipynb #44aa9ba9
+# %% ../nbs/01c_gradient.ipynb #2689f2b0
 def is_plain_gate(
     model: nn.Module,  # Any model
 ) -> bool:  # May `loss_and_gradient` do what autograd would?
@@ -47,9 +47,11 @@ def is_plain_gate(
     if type(model) is not ImageClassifier or model.reading != 'gate' or model.branches < 2: return False
     if [type(m) for m in model.children()] != [nn.Conv2d, nn.Linear, nn.Linear]: return False
     size, classes = model.conv.kernel_size[0], model.fc.out_features
+    if size > 32 or {'forward', 'gates'} & vars(model).keys(): return False
     as_built = ImageClassifier(model.branches, model.channels, size, classes, seed=0)
-    module_hooks = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+    kinds = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
     return (str(model) == str(as_built) and not torch.is_autocast_enabled('cpu')
-            and not any(getattr(m, hooks) for m in model.modules() for hooks in module_hooks)
+            and not any(getattr(m, kind) for m in model.modules() for kind in kinds)
+            and not any(getattr(nn.modules.module, f'_global{kind}') for kind in kinds)
             and all(p.requires_grad and not p._backward_hooks and not p._post_accumulate_grad_hooks
                     for p in model.parameters()))

@@ -10,7 +10,7 @@ __all__ = ['CHANGES', 'evaluate', 'pick_device', 'reference_arithmetic', 'keep_f
 
 # %% ../nbs/02_train.ipynb #8682ba5c
 import ctypes, hashlib, json, math, os, platform, re, tempfile, threading, time
-from concurrent.futures import BrokenExecutor, Executor
+from concurrent.futures import BrokenExecutor, Executor, Future
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -467,9 +467,8 @@ def _work(config, shared, device, out, scratch, name, pause=None):
     try: run, model = train_run(_images(shared), **config, device=device, progress=False,
                                 checkpoint=checkpoint, callbacks=[tick])
     except _Paused: return None, None                   # the checkpoint has it; the rest is for later
-    if here:
-        save_run(run, out, model)
-        checkpoint.unlink(missing_ok=True)
+    if here: save_run(run, out, model)
+    if checkpoint: checkpoint.unlink(missing_ok=True)
     return run, None if here else model.state_dict()
 
 def _ended(futures, bar, scratch, epochs):
@@ -512,14 +511,17 @@ def _spread(data, missing, device, workers, out, executor, bar):
         for attempt in range(3):
             with nullcontext(executor) if executor else _processes(slots) as pool:
                 def submit(name, pause=None):
-                    return pool.submit(_work, left[name], shared, str(device), folder, scratch, name, pause)
+                    args = left[name], shared, str(device), folder, scratch, name, pause
+                    try: return pool.submit(_work, *args)
+                    except BrokenExecutor as e:         # a process was killed meanwhile
+                        (lost := Future()).set_exception(e)
+                        return lost
                 futures = {name: submit(name, halved.pop(name, None)) for name in left}
                 try:
                     for name, f in _ended(futures, bar, scratch, epochs):
                         results[name], weights = (f.exception(), None) if f.exception() else f.result()
-                        if results[name] is None:       # put aside: goes on when all others have begun
-                            try: futures[name] = submit(name)
-                            except BrokenExecutor as e: results[name] = e
+                        # put aside: goes on when all others have begun
+                        if results[name] is None: futures[name] = submit(name)
                         elif out and not f.exception() and not (Path(out)/f'{name}.json').exists():
                             save_run(results[name], out, weights)
                 finally:            # after an interrupt, else none is left; our own processes are killed
