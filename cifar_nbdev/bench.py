@@ -9,6 +9,7 @@ __all__ = ['WAYS', 'PEERS', 'plain_loop', 'floor', 'bench', 'cifar_bench', 'rati
 import argparse, json, math, os, statistics, subprocess, sys, tempfile, time
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import patch
 
 import loky
 import matplotlib.pyplot as plt
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .data import DataLoaders, ImageData, dataloaders, load_data, progress_bar, whole_file
+from .gradient import rows_in_pairs
 from .model import ImageClassifier, TwoConvolutions
 from .report import COLORS, figure_style
 from .train import environment, fit, peak_memory, sweep
@@ -110,6 +112,10 @@ def _keras(data, epochs, tick):
 def _fit(model, data, epochs, tick):
     fit(model, dataloaders(data), epochs, device='cpu', progress=False, callbacks=[lambda *_: tick()])
 
+def _row_by_row(data, epochs, tick):
+    with patch('cifar_nbdev.gradient.rows_in_pairs', return_value=False):
+        _fit(ImageClassifier(seed=0), data, epochs, tick)
+
 WAYS = {
     "the report's recipe": lambda data, epochs, tick: plain_loop(
         TwoConvolutions(), dataloaders(data, num_workers=2), epochs, tick),
@@ -118,6 +124,7 @@ WAYS = {
     'one convolution': lambda data, epochs, tick: plain_loop(
         ImageClassifier(seed=0), dataloaders(data), epochs, tick),
     'fit, by autograd': lambda *args: _fit(nn.Sequential(ImageClassifier(seed=0)), *args),
+    'fit, row by row': _row_by_row,
     'fit': lambda *args: _fit(ImageClassifier(seed=0), *args)}
 PEERS = {'Lightning': _lightning, 'skorch': _skorch, 'Keras': _keras}
 
@@ -128,24 +135,26 @@ def floor(
     steps: int = 200,  # Steps to time
 ) -> float:  # Seconds
     "Time of an epoch's convolutions alone: forward and weight gradient for training, forward for testing"
-    conv, bs, n = nn.Conv2d(3, 12, 5), 128, 8
-    xs, gs = torch.rand(n, bs, 3, 32, 32), torch.rand(n, bs, 12, 28, 28)
-    def forward(i): conv(xs[i])
+    plain, bs, n = nn.Conv2d(3, 12, 5), 128, 8
+    conv = nn.Conv2d(3, 24, (6, 5), (2, 1)) if rows_in_pairs(plain) else plain      # as training has it
+    xs = torch.rand(n, bs, 3, 32, 32)
+    gs = torch.rand(n, *conv(xs[0]).shape)
     def backward(i):
-        torch.ops.aten.convolution_backward(gs[i], xs[i], conv.weight, [12], [1, 1], [0, 0], [1, 1], False,
-                                            [0, 0], 1, [False, True, True])
+        torch.ops.aten.convolution_backward(gs[i], xs[i], conv.weight, conv.bias.shape, conv.stride, [0, 0],
+                                            [1, 1], False, [0, 0], 1, [False, True, True])
     def seconds(step):
         for i in range(n): step(i)
         start = time.perf_counter()
         for i in range(steps): step(i % n)
         return (time.perf_counter() - start) / steps
-    with torch.no_grad(): f, b = seconds(forward), seconds(backward)
-    return (f + b) * math.ceil(n_train / bs) + f * math.ceil(n_test / bs)
+    with torch.no_grad():
+        train, test = seconds(lambda i: conv(xs[i])) + seconds(backward), seconds(lambda i: plain(xs[i]))
+    return train * math.ceil(n_train / bs) + test * math.ceil(n_test / bs)
 
 _PARTS = {
     'convolutions, forward': ('mkldnn_convolution',),
     'convolutions, gradient': ('convolution_backward',),
-    'ReLU and gates': ('bmm', 'clamp_min', 'relu', 'sign', 'mul of branches', 'mean'),
+    'ReLU and gates': ('bmm', 'clamp_min', 'relu', 'threshold_backward', 'mul of branches', 'mean'),
     'linear layers': ('addmm', 'mm'),
     'picking and converting images': ('index_select', 'index', 'copy', 'div'),
     'loss': ('_log_softmax', '_log_softmax_backward_data', 'nll_loss_forward', 'nll_loss_backward'),

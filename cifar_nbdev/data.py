@@ -56,17 +56,22 @@ class ImageData:
 
 # %% ../nbs/00_data.ipynb #d7575459
 def _box(p, q): return np.maximum(np.abs(p), np.abs(q))
+def _radius(p, q): return np.sqrt(p*p + q*q)
+def _petals(p, q):
+    "cos(5 * angle) of points, as a polynomial in p / radius"
+    c = p / np.maximum(_radius(p, q), 1e-9)
+    return c*(5 + c*c*(16*c*c - 20))
 
 _SHAPES = dict(                                         # signed distance of points (p, q), negative inside
-    disc=lambda p, q: np.hypot(p, q) - 1,
-    ring=lambda p, q: np.abs(np.hypot(p, q) - .8) - .2,
+    disc=lambda p, q: _radius(p, q) - 1,
+    ring=lambda p, q: np.abs(_radius(p, q) - .8) - .2,
     square=lambda p, q: _box(p, q) - .85,
     frame=lambda p, q: np.abs(_box(p, q) - .7) - .18,
     triangle=lambda p, q: np.maximum(np.maximum(.866*p + q/2, q/2 - .866*p), -q) - .5,
     cross=lambda p, q: np.minimum(_box(4*p, q), _box(p, 4*q)) - 1,
-    flower=lambda p, q: np.hypot(p, q) - .65 - .35*np.cos(5*np.arctan2(q, p)),
+    flower=lambda p, q: _radius(p, q) - .65 - .35*_petals(p, q),
     bar=lambda p, q: _box(p, 3.3*q) - 1,
-    crescent=lambda p, q: np.maximum(np.hypot(p, q) - 1, .7 - np.hypot(p - .5, q)),
+    crescent=lambda p, q: np.maximum(_radius(p, q) - 1, .7 - _radius(p - .5, q)),
     stripes=lambda p, q: np.maximum(_box(p, q) - .95, .12 - np.abs(np.abs(q) - .5)))
 SHAPES, SHAPES_NAME = tuple(_SHAPES), 'shapes10 (synthetic)'
 
@@ -78,11 +83,13 @@ def _draw(n, seed):
     size, angle, cx, cy = uniform(.45, .85), uniform(-.5, .5), uniform(-.25, .25), uniform(-.25, .25)
     ground, colour = uniform(20, 130, 3), uniform(20, 110, 3)
     slope_x, slope_y = uniform(-40, 40, 3), uniform(-40, 40, 3)
+    # float32 sines differ between processors in the last bit; float64's, rounded to float32, hardly ever
+    sin, cos = (f(angle, dtype=np.float64).astype(np.float32) for f in (np.sin, np.cos))
     x = np.empty((n, 3, 32, 32), np.uint8)
     for k, distance in enumerate(_SHAPES.values()):
         for i in np.array_split(np.flatnonzero(y == k), n // 5000 + 1):     # in parts, to keep memory small
             dx, dy = grid - cx[i], grid[:, None] - cy[i]
-            p, q = np.cos(angle[i])*dx + np.sin(angle[i])*dy, np.cos(angle[i])*dy - np.sin(angle[i])*dx
+            p, q = cos[i]*dx + sin[i]*dy, cos[i]*dy - sin[i]*dx
             inside = np.clip(.5 - 16*size[i]*distance(p / size[i], q / size[i]), 0, 1)[:, None]
             img = ground[i] + slope_x[i]*grid + slope_y[i]*grid[:, None] + colour[i]*inside
             x[i] = np.clip(img + rng.normal(0, 22, img.shape), 0, 255)

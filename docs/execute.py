@@ -20,8 +20,11 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 MAX_SIZE = 300_000                                      # bytes of a notebook with its outputs
 DRAWN = 'application/x-drawn+json'
-ENV = dict(CIFAR_NBDEV_DATA='shapes10', TQDM_DISABLE='1', OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore',
-           PYDEVD_DISABLE_FILE_VALIDATION='1')
+# the arithmetic that all x86 processors with AVX2 share: other kernels round otherwise, and training shows it
+SAME_KERNELS = dict(ATEN_CPU_CAPABILITY='avx2', ONEDNN_MAX_CPU_ISA='AVX2', MKL_CBWR='COMPATIBLE',
+                    OMP_NUM_THREADS='1')
+ENV = SAME_KERNELS | dict(CIFAR_NBDEV_DATA='shapes10', TQDM_DISABLE='1', PYTHONWARNINGS='ignore',
+                          PYDEVD_DISABLE_FILE_VALIDATION='1')
 _SKIP = re.compile(r'^#\|\s*(?:eval:\s*false|slow|cuda)\b|^[^#\n]*nbdev_export\(\)', re.M)
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from cifar_nbdev.data import dataloaders
+from cifar_nbdev.gradient import rows_in_pairs
 from cifar_nbdev.model import READINGS, ImageClassifier
 from cifar_nbdev.train import fit, weights_sha256
 
@@ -24,14 +25,50 @@ def calls(monkeypatch):
     return found
 
 
+@pytest.fixture
+def in_pairs(monkeypatch):
+    "Says whether rows are computed in pairs, whatever the processor"
+    return lambda yes: monkeypatch.setattr('cifar_nbdev.gradient.rows_in_pairs', lambda conv: yes)
+
+
 @pytest.mark.parametrize('threads', [1, 2])
-def test_fit_gives_the_bits_of_autograd(small, calls, threads):
+def test_row_by_row_fit_gives_the_bits_of_autograd(small, calls, threads, in_pairs):
+    in_pairs(False)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try: by_hand, other = (trained(ImageClassifier(seed=0), small, b) for b in (False, True))
     finally: torch.set_num_threads(before)
     assert weights_sha256(by_hand) == weights_sha256(other)
     assert len(calls) == 2 * len(dataloaders(small).train)
+
+
+@pytest.mark.parametrize('threads', [1, 2])
+def test_in_pairs_fit_is_as_near_to_float64_as_autograd(small, threads, in_pairs):
+    class Double(nn.Module):
+        "A model that computes in float64"
+        def __init__(self, model):
+            super().__init__()
+            self.model = model.double()
+        def forward(self, x): return self.model(x.double())
+    in_pairs(True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        by_hand, by_autograd = (trained(ImageClassifier(seed=0), small, b) for b in (False, True))
+        exact = trained(Double(ImageClassifier(seed=0)), small)
+    finally: torch.set_num_threads(before)
+    assert weights_sha256(by_hand) != weights_sha256(by_autograd)
+    for model in (by_hand, by_autograd):
+        for p, q in zip(model.parameters(), exact.parameters()):
+            torch.testing.assert_close(p.double(), q, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize('sizes, wanted', [({}, True), (dict(channels=5), True), (dict(channels=4), False),
+                                           (dict(channels=7), False), (dict(kernel_size=4), False)])
+@pytest.mark.parametrize('processor', ['AVX2', 'AVX512', 'DEFAULT'])
+def test_rows_go_in_pairs_where_that_fills_vectors_of_eight(monkeypatch, processor, sizes, wanted):
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: processor)
+    assert rows_in_pairs(ImageClassifier(**sizes, seed=0).conv) == (wanted and processor == 'AVX2')
 
 
 @pytest.mark.parametrize('reading', READINGS)

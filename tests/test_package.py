@@ -168,3 +168,11 @@ def test_global_seeds_change_nothing(name, small, tmp_path):
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try: assert result(1) == result(2)
     finally: torch.set_rng_state(states[0]); np.random.set_state(states[1]); random.setstate(states[2])
+
+
+def test_shapes10_does_not_depend_on_the_processor(tmp_path):
+    found = np.show_config(mode='dicts')['SIMD Extensions'].get('found')
+    if not found: pytest.skip('NumPy uses no instructions that it could do without')
+    r = python('from cifar_nbdev.data import shapes10; print(shapes10().sha256)', cwd=tmp_path,
+               NPY_DISABLE_CPU_FEATURES=' '.join(found))
+    assert r.stdout.split() == [shapes10().sha256], r.stderr
