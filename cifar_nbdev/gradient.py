@@ -18,13 +18,14 @@ def rows_in_pairs(
 ) -> bool:  # Are two rows at a time faster?
     "Do the channels of two rows fill three vectors of this processor, where those of one need two?"
     even = (33 - conv.kernel_size[0]) % 2 == 0
-    return torch.backends.cpu.get_cpu_capability() == 'AVX2' and 8 < conv.out_channels <= 12 and even
+    avx2 = torch.backends.cpu.get_cpu_capability() == 'AVX2'
+    return avx2 and 8 < conv.out_channels <= 12 and even
 
 def _pair(w, b, head):
     "Kernels (O, 3, k, k), biases (O,) and head (classes, C*H*W), made for two rows at a time"
-    n = 33 - w.shape[-1]                                                    # H and W
-    w = torch.stack([F.pad(w, (0, 0, 0, 1)), F.pad(w, (0, 0, 1, 0))], 1)    # (O, 2, 3, k + 1, k)
-    head = head.view(len(head), -1, n // 2, 2, n).transpose(2, 3)           # even rows, then odd ones
+    n = 33 - w.shape[-1]                                                # H and W
+    w = torch.stack([F.pad(w, (0, 0, 0, 1)), F.pad(w, (0, 0, 1, 0))], 1)    # (O, 2, 3, k+1, k)
+    head = head.view(len(head), -1, n // 2, 2, n).transpose(2, 3)       # even rows, then odd
     return w.flatten(0, 1), b.repeat_interleave(2), head.flatten(1)
 
 def _unpair(d_w, d_b, d_head):
@@ -40,7 +41,7 @@ def loss_and_gradient(
     model: ImageClassifier,  # One that `is_plain_gate` accepts; gets its gradients in `.grad`
     x: torch.Tensor,  # Images (B, 3, 32, 32), float in [0, 1]
     y: torch.Tensor,  # Labels (B,)
-    pairs: bool | None = None,  # Two rows at a time, for an even number of rows; None: as `rows_in_pairs` says
+    pairs: bool | None = None,  # Two rows at a time, of an even number; None: as `rows_in_pairs` says
 ) -> tuple[torch.Tensor, torch.Tensor]:  # Mean cross-entropy, and logits (B, classes)
     "What `model(x)`, `cross_entropy` and `backward()` compute, in fewer passes over memory"
     model._check(x)
@@ -49,19 +50,20 @@ def loss_and_gradient(
     w, b, head = conv.weight, conv.bias, fc.weight
     if pairs: w, b, head = _pair(w, b, head)
     stride = [2, 1] if pairs else [1, 1]
-    a, c = gate(colour), F.relu_(F.conv2d(x, w, b, stride)).contiguous()    # (B, K), (B, K*C, H, W)
+    a = gate(colour)                                                        # (B, K)
+    c = F.relu_(F.conv2d(x, w, b, stride)).contiguous()                     # (B, K*C, H, W)
     c_k = c.view(len(x), model.branches, -1)                                # (B, K, C*H*W)
     h = torch.bmm(a[:, None], c_k)[:, 0]                                    # (B, C*H*W)
     logits = F.linear(h, head, fc.bias)                                     # (B, classes)
-    with torch.enable_grad():                                               # (p - e_y) / B, PyTorch's way
+    with torch.enable_grad():                                   # (p - e_y) / B, PyTorch's way
         loss = F.cross_entropy(logits.requires_grad_(), y)
     d_z, = torch.autograd.grad(loss, logits)
     d_head, fc.bias.grad = d_z.T @ h, d_z.sum(0)
     d_h = torch.mm(d_z, head, out=h)[:, None]                               # in the place of h
     d_a = torch.bmm(d_h, c_k.transpose(1, 2))[:, 0]
     gate.weight.grad, gate.bias.grad = d_a.T @ colour, d_a.sum(0)
-    torch.ops.aten.threshold_backward(d_h.expand_as(c_k), c_k, 0, grad_input=c_k)   # in the place of c
-    c_k.mul_(a[:, :, None])
+    torch.ops.aten.threshold_backward(d_h.expand_as(c_k), c_k, 0, grad_input=c_k)
+    c_k.mul_(a[:, :, None])                                                 # in the place of c
     _, d_w, d_b = torch.ops.aten.convolution_backward(
         c, x, w, b.shape, stride, [0, 0], [1, 1], False, [0, 0], 1, [False, True, True])
     if pairs: d_w, d_b, d_head = _unpair(d_w, d_b, d_head)
