@@ -166,6 +166,18 @@ def test_a_stale_output_is_found(stored, tmp_path, cell, old, new, said):
     assert wrong and f'cell {cell}' in wrong[0] and said in wrong[0]
 
 
+@pytest.mark.parametrize('printed, fine', [('"loss 1.35, 23%"', True), ('"loss 1.31, 35%"', False),
+                                           ('"loss 1.31"', False), ('"cost 1.31, 22%"', False)])
+def test_where_training_is_flagged_numbers_may_be_a_little_off(tmp_path, printed, fine):
+    path, flag = tmp_path/'a.ipynb', '#| trains\n'
+    nbformat.write(new_notebook(cells=[code(flag + 'print("loss 1.31, 22%")')]), path)
+    assert execute.run(path, check=False) == []
+    nb = nbformat.read(path, 4)
+    nb.cells[0].source = flag + f'print({printed})'
+    nbformat.write(nb, path)
+    assert (execute.run(path, check=True) == []) == fine
+
+
 def test_a_path_of_this_machine_is_refused(tmp_path):
     nbformat.write(new_notebook(cells=[code(f'print({str(Path.home()/"x")!r})')]), tmp_path/'a.ipynb')
     assert any('path of this machine' in w for w in execute.run(tmp_path/'a.ipynb', check=False))
