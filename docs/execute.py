@@ -96,7 +96,7 @@ def execute(path):
     for cell in ran.cells:
         if _SKIP.search(cell.source): cell.metadata['tags'] = ['skip-execution']
     ran.cells.insert(0, _hook_cell())
-    NotebookClient(ran, timeout=600, kernel_name='python3', store_widget_state=False,
+    NotebookClient(ran, timeout=600, kernel_name='python3', store_widget_state=False, coalesce_streams=True,
                    extra_arguments=['--log-level=ERROR'],
                    resources={'metadata': {'path': str(path.parent)}}).execute()
     for cell, new in zip(nb.cells, ran.cells[1:]):
