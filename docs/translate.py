@@ -10,7 +10,7 @@ from nbformat.v4 import new_markdown_cell
 
 WIDGET = 'application/vnd.jupyter.widget-view+json'
 _OPTION = re.compile(r'#\|\s*([\w-]+)(?::[ \t]*(.+))?')
-_NO_EFFECT = {'eval', 'code-summary', 'message', 'warning', 'slow', 'cuda', 'trains'}      # nothing is run here
+_NO_EFFECT = {'eval', 'code-summary', 'message', 'warning', 'slow', 'cuda', 'trains'}   # nothing runs here
 _CODE_LINK = re.compile(r'\[`([^`]+)`\]\([^)]*\)')
 _ENTRY = re.compile(r'---\s+(?:\[source\]\((?P<source>[^)]*)\)\S*[^}]*\}\s+)?(?P<level>#+) (?P<name>\S+)\n')
 
