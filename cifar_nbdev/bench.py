@@ -163,7 +163,9 @@ _PARTS = {
 def _step_part(event):
     "The part of a training step that an operation belongs to, by its name without the _ of in-place"
     name = event.key.removeprefix('aten::').rstrip('_')
-    if name == 'mul' and len(event.input_shapes[0]) == 3: name = 'mul of branches'      # (B, K, C*H*W)
+    shape = event.input_shapes[0] if event.input_shapes else []
+    if name == 'mul' and len(shape) == 3: name = 'mul of branches'                      # (B, K, C*H*W)
+    if name == 'bmm' and shape[1] > 1: name = 'mm'                      # in parts; gates are (B, 1, K)
     return next((part for part, names in _PARTS.items() if name in names), 'everything else')
 
 def _profile(data):
