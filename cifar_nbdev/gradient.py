@@ -33,7 +33,7 @@ def _pair(w, b, head):
     k, n = w.shape[-1], 33 - w.shape[-1]                                # n: H and W
     pairs = w.new_zeros(2*len(w), 3, k + 1, k)
     _kernels_within(pairs).copy_(w[:, None])
-    even_then_odd = head.reshape(-1, n // 2, 2, n).transpose(1, 2)         # rows
+    even_then_odd = head.reshape(-1, n // 2, 2, n).transpose(1, 2)      # rows
     return pairs, b.repeat_interleave(2), even_then_odd.reshape(head.shape)
 
 def _unpair(d_w, d_b, d_head):

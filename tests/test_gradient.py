@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from cifar_nbdev.data import dataloaders
-from cifar_nbdev.gradient import rows_in_pairs
+from cifar_nbdev.gradient import loss_and_gradient, rows_in_pairs
 from cifar_nbdev.model import READINGS, ImageClassifier
 from cifar_nbdev.train import fit, weights_sha256
 
@@ -61,6 +61,16 @@ def test_in_pairs_fit_is_as_near_to_float64_as_autograd(small, threads, in_pairs
     for model in (by_hand, by_autograd):
         for p, q in zip(model.parameters(), exact.parameters()):
             torch.testing.assert_close(p.double(), q, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize('n', [1, 7, 50, 128])
+def test_in_pairs_any_number_of_images_has_its_gradient(small, n):
+    x, y, model = small.x_train[:n].float() / 255, small.y_train[:n], ImageClassifier(seed=0)
+    loss_and_gradient(model, x, y, pairs=True)
+    found = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    torch.nn.functional.cross_entropy(model(x), y).backward()
+    for p, grad in zip(model.parameters(), found): torch.testing.assert_close(grad, p.grad, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize('sizes, wanted', [({}, True), (dict(channels=5), True), (dict(channels=4), False),
