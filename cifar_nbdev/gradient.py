@@ -54,7 +54,7 @@ def _loss(logits, y):
     return loss, _aten._log_softmax_backward_data.default(d_log_p, log_p, 1, log_p.dtype)
 
 def _sum_of_products(d_z, h, parts):
-    "Sum over images of d_z h^T, (classes, C*H*W): over all at once, or over parts of them and then their sum"
+    "Sum over images of d_z h^T, (classes, C*H*W): over parts of them, then over these"
     if parts == 1: return d_z.T @ h
     d_z, h = (t.view(parts, -1, t.shape[1]) for t in (d_z, h))
     return torch.bmm(d_z.transpose(1, 2), h).sum(0)
