@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from .data import DataLoaders, ImageData, dataloaders, progress_bar, whole_file
 from .fused import fit_fused
-from .gradient import is_plain_gate, loss_and_gradient
+from .gradient import Threads, is_plain_gate, logits_by_hand, loss_and_gradient
 from .model import ImageClassifier
 
 # %% ../nbs/02_train.ipynb #f1ed6261
@@ -48,11 +48,13 @@ def evaluate(
     if not len(dl): raise ValueError('evaluate: no batches, wanted at least one')
     training, sizes, (losses, hits) = model.training, [], torch.zeros(2, len(dl), device=device)
     model.eval()
-    for i, (xb, yb) in enumerate(dl):
-        xb, yb = xb.to(device), yb.to(device)
-        logits = model(xb)
-        losses[i], hits[i] = F.cross_entropy(logits, yb), (logits.argmax(1) == yb).sum()
-        sizes.append(len(yb))
+    by_hand = torch.device(device).type == 'cpu' and is_plain_gate(model)
+    with Threads() if by_hand else nullcontext() as threads:
+        for i, (xb, yb) in enumerate(dl):
+            xb, yb = xb.to(device), yb.to(device)
+            logits = logits_by_hand(model, xb, threads) if by_hand else model(xb)
+            losses[i], hits[i] = F.cross_entropy(logits, yb), (logits.argmax(1) == yb).sum()
+            sizes.append(len(yb))
     model.train(training)
     return _average(losses, hits, sizes)
 
@@ -183,18 +185,19 @@ def _train_epoch(model, dl, opt, device, bar):
     # not a tensor per step: those would pin the memory around them
     sizes, (losses, hits) = [], torch.zeros(2, len(dl), device=device)
     by_hand = device.type == 'cpu' and is_plain_gate(model)
-    for i, (xb, yb) in enumerate(dl):
-        xb, yb = xb.to(device), yb.to(device)
-        if by_hand: loss, logits = loss_and_gradient(model, xb, yb)
-        else:
-            logits = model(xb)                                      # (B, 10)
-            loss = F.cross_entropy(logits, yb)
-            opt.zero_grad()
-            loss.backward()
-        opt.step()
-        losses[i], hits[i] = loss.detach(), (logits.detach().argmax(1) == yb).sum()
-        sizes.append(len(yb))
-        bar.update()
+    with Threads() if by_hand else nullcontext() as threads:
+        for i, (xb, yb) in enumerate(dl):
+            xb, yb = xb.to(device), yb.to(device)
+            if by_hand: loss, logits = loss_and_gradient(model, xb, yb, threads)
+            else:
+                logits = model(xb)                                  # (B, 10)
+                loss = F.cross_entropy(logits, yb)
+                opt.zero_grad()
+                loss.backward()
+            opt.step()
+            losses[i], hits[i] = loss.detach(), (logits.detach().argmax(1) == yb).sum()
+            sizes.append(len(yb))
+            bar.update()
     return losses, hits, sizes
 
 def _check_finite(losses, test_loss, epoch, lr, history):

@@ -24,8 +24,8 @@ def data():
 
 @pytest.fixture(autouse=True)
 def one_order(monkeypatch):
-    "One order of additions"
-    monkeypatch.setattr('cifar_nbdev.gradient.rows_in_pairs', lambda conv: False)
+    "One order of additions: that of autograd, in one thread"
+    monkeypatch.setattr('cifar_nbdev.train.is_plain_gate', lambda model: False)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

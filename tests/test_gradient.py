@@ -1,10 +1,12 @@
 """The gradient by hand is used where it may be, and nobody can tell"""
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from cifar_nbdev.data import dataloaders
-from cifar_nbdev.gradient import loss_and_gradient, rows_in_pairs
+from cifar_nbdev.gradient import Threads, compiled, logits_by_hand, loss_and_gradient
 from cifar_nbdev.model import READINGS, ImageClassifier
 from cifar_nbdev.train import fit, weights_sha256
 
@@ -25,60 +27,68 @@ def calls(monkeypatch):
     return found
 
 
-@pytest.fixture
-def in_pairs(monkeypatch):
-    "Says whether rows are computed in pairs, whatever the processor"
-    return lambda yes: monkeypatch.setattr('cifar_nbdev.gradient.rows_in_pairs', lambda conv: yes)
-
-
-@pytest.mark.parametrize('threads', [1, 2])
-def test_row_by_row_fit_gives_the_bits_of_autograd(small, calls, threads, in_pairs):
-    in_pairs(False)
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    "PyTorch's number of threads, put back afterwards"
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try: by_hand, other = (trained(ImageClassifier(seed=0), small, b) for b in (False, True))
-    finally: torch.set_num_threads(before)
-    assert weights_sha256(by_hand) == weights_sha256(other)
-    assert len(calls) == 2 * len(dataloaders(small).train)
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize('threads', [1, 2])
-def test_in_pairs_fit_is_as_near_to_float64_as_autograd(small, threads, in_pairs):
+def test_fit_by_hand_is_as_near_to_float64_as_autograd(small, calls, threads):
     class Double(nn.Module):
         "A model that computes in float64"
         def __init__(self, model):
             super().__init__()
             self.model = model.double()
         def forward(self, x): return self.model(x.double())
-    in_pairs(True)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        by_hand, by_autograd = (trained(ImageClassifier(seed=0), small, b) for b in (False, True))
-        exact = trained(Double(ImageClassifier(seed=0)), small)
-    finally: torch.set_num_threads(before)
+    by_hand, by_autograd = (trained(ImageClassifier(seed=0), small, b) for b in (False, True))
+    exact = trained(Double(ImageClassifier(seed=0)), small)
+    assert len(calls) == 2 * len(dataloaders(small).train)
     assert weights_sha256(by_hand) != weights_sha256(by_autograd)
     for model in (by_hand, by_autograd):
         for p, q in zip(model.parameters(), exact.parameters()):
             torch.testing.assert_close(p.double(), q, atol=1e-6, rtol=0)
 
 
+def test_the_same_threads_give_the_same_bits_and_are_given_back(small, threads):
+    first, second = (trained(ImageClassifier(seed=0), small) for _ in range(2))
+    assert weights_sha256(first) == weights_sha256(second)
+    assert torch.get_num_threads() == threads
+    with pytest.raises(IndexError): trained(ImageClassifier(classes=3, seed=0), small)
+    assert torch.get_num_threads() == threads
+
+
 @pytest.mark.parametrize('n', [1, 7, 50, 128])
-def test_in_pairs_any_number_of_images_has_its_gradient(small, n):
+def test_any_number_of_images_has_its_gradient(small, n, threads):
     x, y, model = small.x_train[:n].float() / 255, small.y_train[:n], ImageClassifier(seed=0)
-    loss_and_gradient(model, x, y, pairs=True)
+    with Threads() as t:
+        loss, logits = loss_and_gradient(model, x, y, t)
+        assert torch.equal(logits, logits_by_hand(model, x, t))
     found = [p.grad for p in model.parameters()]
     model.zero_grad()
-    torch.nn.functional.cross_entropy(model(x), y).backward()
+    wanted = torch.nn.functional.cross_entropy(model(x), y)
+    wanted.backward()
+    torch.testing.assert_close(loss, wanted.detach(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(logits, model(x).detach(), atol=1e-6, rtol=0)
     for p, grad in zip(model.parameters(), found): torch.testing.assert_close(grad, p.grad, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize('sizes, wanted', [({}, True), (dict(channels=5), True), (dict(channels=4), False),
-                                           (dict(channels=7), False), (dict(kernel_size=4), False)])
-@pytest.mark.parametrize('processor', ['AVX2', 'AVX512', 'DEFAULT'])
-def test_rows_go_in_pairs_where_that_fills_vectors_of_eight(monkeypatch, processor, sizes, wanted):
-    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: processor)
-    assert rows_in_pairs(ImageClassifier(**sizes, seed=0).conv) == (wanted and processor == 'AVX2')
+@pytest.mark.parametrize('where', ['weights', 'images'])
+@pytest.mark.parametrize('value', [math.nan, math.inf])
+def test_what_is_not_finite_is_not_hidden(small, where, value):
+    x, model = small.x_train[:32].float() / 255, ImageClassifier(seed=0)
+    with torch.no_grad(): (x if where == 'images' else model.conv.weight)[3, 0, 2, 2] = value
+    with Threads() as threads: loss, logits = loss_and_gradient(model, x, small.y_train[:32], threads)
+    assert not loss.isfinite()
+    assert torch.equal(logits.isfinite().all(1), model(x).isfinite().all(1))
+
+
+def test_code_that_cannot_be_kept_on_disk_iscompiled_all_the_same():
+    names = {}
+    exec('def twice(x): return 2 * x', names)           # from no file, so there is nothing to keep it beside
+    assert compiled(names['twice'])(3) == 6
 
 
 @pytest.mark.parametrize('reading', READINGS)
