@@ -48,7 +48,7 @@ def evaluate(
     if not len(dl): raise ValueError('evaluate: no batches, wanted at least one')
     training, sizes, (losses, hits) = model.training, [], torch.zeros(2, len(dl), device=device)
     model.eval()
-    by_hand = torch.device(device).type == 'cpu' and is_plain_gate(model)
+    by_hand = is_plain_gate(model)
     with Threads() if by_hand else nullcontext() as threads:
         for i, (xb, yb) in enumerate(dl):
             xb, yb = xb.to(device), yb.to(device)
@@ -184,7 +184,7 @@ def _train_epoch(model, dl, opt, device, bar):
     model.train()
     # not a tensor per step: those would pin the memory around them
     sizes, (losses, hits) = [], torch.zeros(2, len(dl), device=device)
-    by_hand = device.type == 'cpu' and is_plain_gate(model)
+    by_hand = is_plain_gate(model)
     with Threads() if by_hand else nullcontext() as threads:
         for i, (xb, yb) in enumerate(dl):
             xb, yb = xb.to(device), yb.to(device)
@@ -332,14 +332,14 @@ def new_model(
 # %% ../nbs/02_train.ipynb #0f212644
 def environment(
     device: torch.device,  # Where it computes
-) -> dict:  # python, torch, torchvision, numpy, platform, device, cpu (its vector instructions), threads
+) -> dict:  # python, torch, torchvision, numpy, numba, platform, device, cpu (vector instructions), threads
     "Versions and machine, as a run's JSON has them"
     from torch.backends import cpu
     try: torchvision = version('torchvision')
     except PackageNotFoundError: torchvision = None
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
     return dict(python=platform.python_version(), torch=torch.__version__, torchvision=torchvision,
-                numpy=np.__version__, platform=platform.platform(), device=name,
+                numpy=np.__version__, numba=version('numba'), platform=platform.platform(), device=name,
                 cpu=cpu.get_cpu_capability(), threads=torch.get_num_threads())
 
 def peak_memory() -> int | None:  # MB; None where there is no /proc
