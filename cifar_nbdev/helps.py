@@ -124,7 +124,7 @@ def cifar_results(
 ):
     "The command `cifar_results`: all runs of the pages"
     p = _Parser('cifar_results', 'Make all run files that the pages are drawn from. '
-                'Some six hours on two cores. Stop it and call it again: it does what is missing.', 'results')
+                'Some hours on two cores. Stop it and call it again: it does what is missing.', 'results')
     args = p.parse_args(argv)
     more = dict(epochs=args.epochs, device=args.device, workers=args.workers)
     with p.one_line_errors(args.out):
