@@ -72,7 +72,7 @@ def convolve(
 @compiled
 def convolve_back(
     x: np.ndarray,  # An image (3, 32*32)
-    d_u: np.ndarray,  # Gradient for the result (O, 28*32), in rows of 32 whose last four are zero; O is even
+    d_u: np.ndarray,  # Gradient for the result (O, 28*32), rows of 32 whose last four are zero; O is even
     d_w: np.ndarray,  # To this, (O, 3, 5, 5), the gradient for the kernels is added
 ):
     "The way back, for one image; sizes are not checked"
