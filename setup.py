@@ -21,6 +21,7 @@ setup(
     license_files=['LICENSE'],
     keywords=cfg['keywords'].split(),
     packages=[cfg['lib_name']],
+    package_data={cfg['lib_name']: ['py.typed', '*.html']},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
     extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'doc', 'cluster', 'peers')},

@@ -1,5 +1,4 @@
-"""Builds the site in _docs/, and README.md: nbdev processes the notebooks, translate.py turns Quarto's
-flavour into MyST, Sphinx renders
+"""Builds the site in _docs/, and README.md: translate.py turns the notebooks' Quarto flavour into MyST, Sphinx renders
 
     python docs/build.py             both
     python docs/build.py --readme    only README.md and its figures
@@ -13,9 +12,10 @@ import nbformat
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_markdown_cell
 from readme import write_readme
-from translate import Translator, front_matter, page_name
+from translate import Page, Translator
 
 ROOT = Path(__file__).resolve().parent.parent
+FLOORS = {0: 'The report', 4: 'Beyond it', 10: 'Under the hood'}        # by the number of the first notebook
 
 
 def settings():
@@ -25,16 +25,27 @@ def settings():
     return config['DEFAULT']
 
 
-def pages(cfg, processed, out):
-    "Translate every processed notebook into a page for Sphinx; the first lists the others, in their order"
+def floors(pages):
+    "What the sidebar lists: the pages' names by floor, in the order of their notebooks"
+    found = {caption: [] for caption in FLOORS.values()}
+    for page in pages:
+        if number := re.match(r'\d+', page.path.name):
+            found[FLOORS[max(n for n in FLOORS if n <= int(number[0]))]].append(page.name)
+    return {caption: names for caption, names in found.items() if names}
+
+
+def write_pages(cfg, notebooks, out, root=ROOT):
+    "Translate every notebook into a page for Sphinx; the home page lists the others"
     out.mkdir(parents=True)
-    notebooks, translator = {}, Translator(cfg, ROOT/cfg['lib_path'])
-    for path in sorted(processed.glob('*.ipynb')):
-        nb = nbformat.read(path, as_version=4)
-        notebooks[page_name(path, front_matter(nb))] = translator.notebook(nb, path)
-    others = '\n'.join(name for name in notebooks if name != 'index')
-    notebooks['index'].cells.append(new_markdown_cell(f'```{{toctree}}\n:hidden:\n\n{others}\n```'))
-    for name, nb in notebooks.items(): nbformat.write(nb, out/f'{name}.ipynb')
+    pages = [Page(nbformat.read(path, as_version=4), path) for path in sorted(notebooks)]
+    translator = Translator(cfg, root, pages)
+    for page in pages:
+        nb = translator.notebook(page)
+        if page.name == 'index':
+            trees = [f':caption: {caption}\n:hidden:\n\n' + '\n'.join(names)
+                     for caption, names in floors(pages).items()]
+            nb.cells += [new_markdown_cell(f'```{{toctree}}\n{tree}\n```') for tree in trees]
+        nbformat.write(nb, out/f'{page.name}.ipynb')
 
 
 def _links(page, soup, ids, host):
@@ -68,18 +79,14 @@ def problems(site, host):
         yield from (f'{css.name}: fetches {url}' for url in urls)
 
 
-def build_site(out):
+def build_site(out, notebooks=None, root=ROOT):
     "Build the whole site anew; anything doubtful is an error. Only a site without problems replaces `out`"
-    from nbdev.serve import proc_nbs
     from sphinx.cmd.build import main as sphinx
-    cfg, processed = settings(), ROOT/'_proc'
-    os.environ['CIFAR_NBDEV_DATA'] = 'shapes10'
-    shutil.rmtree(processed, ignore_errors=True)
-    proc_nbs(n_workers=2)
-    pages(cfg, processed, processed/'pages')
-    html = processed/'html'
-    args = ['-W', '--keep-going', '-q', '-c', 'docs', '-d', str(processed/'doctrees'),
-            str(processed/'pages'), str(html)]
+    cfg, made = settings(), Path(out).with_name('_proc')
+    html = made/'html'
+    shutil.rmtree(made, ignore_errors=True)
+    write_pages(cfg, notebooks or (root/cfg['nbs_path']).glob('[!._]*.ipynb'), made/'pages', root)
+    args = ['-W', '--keep-going', '-q', '-c', str(ROOT/'docs'), '-d', str(made/'doctrees'), str(made/'pages'), str(html)]
     if status := sphinx(args): sys.exit(status)
     for path in (html/'_static'/'mathjax').iterdir():                   # 20 MB of other formats
         if path.name != 'tex-svg.js': shutil.rmtree(path) if path.is_dir() else path.unlink()

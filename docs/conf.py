@@ -2,6 +2,10 @@
 from configparser import ConfigParser
 from pathlib import Path
 
+from docutils import nodes
+from docutils.parsers.rst import directives
+from sphinx.util.docutils import SphinxDirective
+
 _config = ConfigParser(delimiters=['='], interpolation=None)
 _config.read(Path(__file__).parent.parent/'settings.ini', encoding='utf-8')
 _cfg = _config['DEFAULT']
@@ -30,6 +34,7 @@ html_css_files = ['custom.css']
 html_favicon = '_static/favicon.svg'
 html_context = {'default_mode': 'auto'}                 # light or dark, as the browser prefers
 html_copy_source = False
+html_use_index = False
 html_theme_options = {
     'repository_url': _cfg['git_url'], 'repository_branch': _cfg['branch'], 'use_repository_button': True,
     'use_download_button': False, 'use_fullscreen_button': False,
@@ -38,6 +43,31 @@ html_theme_options = {
 }
 
 
+class Reserve(SphinxDirective):
+    "Keeps anchors for what a page defines: a heading with such a name gets another"
+    final_argument_whitespace, required_arguments = True, 1
+
+    def run(self):
+        for anchor in self.arguments[0].split(): self.state.document.ids.setdefault(anchor, nodes.target())
+        return []
+
+
+class Entry(SphinxDirective):
+    "The place of functions and classes, `module.name=anchor` each: search, links and other sites find them there"
+    final_argument_whitespace, required_arguments = True, 1
+    option_spec = {'source': directives.uri}
+
+    def run(self):
+        entries = [item.split('=') for item in self.arguments[0].split()]
+        place = nodes.paragraph(ids=[anchor for _, anchor in entries], classes=['entry'])
+        for name, anchor in entries:
+            self.env.domains.python_domain.note_object(name, 'function', anchor, location=place)
+        place += nodes.reference('', 'source', refuri=self.options['source'], classes=['source'])
+        return [place]
+
+
 def setup(app):
-    "Runs after the extension has chosen a format whose fonts are files of their own"
+    "What the translated notebooks need; MathJax, after its extension has chosen a format with fonts in files"
+    app.add_directive('reserve', Reserve)
+    app.add_directive('entry', Entry)
     app.config.mathjax_path = 'mathjax/tex-svg.js'

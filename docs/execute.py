@@ -3,27 +3,31 @@ or checks that the stored ones are what the code gives
 
     python docs/execute.py [--check] [notebook ...]
 
+The check is the notebooks' test, too: each runs once, every assertion must hold, no cell may leave a file behind.
 Figures are compared by the data they draw, not by their pixels: lines, areas, bars, images and texts are
 summed up in a few numbers each, which are stored in the metadata of the figure's output. Cells flagged
-`eval: false`, `slow` or `cuda` are not run and keep their outputs. In cells flagged `trains`, which train on
-this machine, decimal numbers may be off by 0.1: processors round differently, and training lets that grow.
+`slow` or `cuda` are not run and keep their outputs. In cells flagged `trains`, which train on this machine,
+decimal numbers may be off by 0.1: processors round differently, and training lets that grow. A check runs on
+the data that CIFAR_NBDEV_DATA and CIFAR_NBDEV_ROOT choose; where those are not shapes10, outputs of cells flagged
+`data` or `trains` need only be of the same kinds.
 """
-import argparse, base64, copy, inspect, io, math, os, re, sys, tempfile
+import argparse, base64, copy, inspect, io, math, os, re, subprocess, sys, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat.v4 import new_code_cell
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_SIZE = 300_000                                      # bytes of a notebook with its outputs
 DRAWN = 'application/x-drawn+json'
-ENV = dict(CIFAR_NBDEV_DATA='shapes10', TQDM_DISABLE='1', OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore',
-           PYDEVD_DISABLE_FILE_VALIDATION='1')
-_SKIP = re.compile(r'^#\|\s*(?:eval:\s*false|slow|cuda)\b|^[^#\n]*nbdev_export\(\)', re.M)
+ENV = dict(TQDM_DISABLE='1', OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore', PYDEVD_DISABLE_FILE_VALIDATION='1')
+SHAPES = dict(CIFAR_NBDEV_DATA='shapes10')             # no photographs in the repository
+_SKIP = re.compile(r'^#\|\s*(?:slow|cuda)\b|^[^#\n]*nbdev_export\(\)', re.M)
+_UNWATCHED = {'.git', '__pycache__', '.ipynb_checkpoints', '.ruff_cache'}
 
 
 def hook(mime):
@@ -89,8 +93,8 @@ def _small(png):
         return min(base64.b64encode(f.getvalue()).decode(), png.replace('\n', ''), key=len)
 
 
-def execute(path):
-    "A notebook with the outputs that its cells give now"
+def execute(path, **env):
+    "A notebook with the outputs that its cells give now, in an environment with `env` added"
     nb = nbformat.read(path, as_version=4)
     ran = copy.deepcopy(nb)
     for cell in ran.cells:
@@ -98,7 +102,7 @@ def execute(path):
     ran.cells.insert(0, _hook_cell())
     NotebookClient(ran, timeout=600, kernel_name='python3', store_widget_state=False, coalesce_streams=True,
                    extra_arguments=['--log-level=ERROR'],
-                   resources={'metadata': {'path': str(path.parent)}}).execute()
+                   resources={'metadata': {'path': str(path.parent)}}).execute(env=os.environ | ENV | env)
     for cell, new in zip(nb.cells, ran.cells[1:]):
         if cell.cell_type == 'code': cell.outputs = _tidy(new.outputs)
     return nb
@@ -136,14 +140,15 @@ def _contents(cell):
             else: yield mime, _text(data)
 
 
-def differences(stored, fresh):
-    "What is stored in a notebook but is not what its code gives, cell by cell"
+def differences(stored, fresh, own_data=False):
+    "What is stored in a notebook but is not what its code gives, cell by cell; `own_data`: not on shapes10"
     for i, (old, new) in enumerate(zip(stored.cells, fresh.cells)):
         a, b = list(_contents(old)), list(_contents(new))
         had, has = ([kind for kind, _ in contents] for contents in (a, b))
+        trains = re.search(r'^#\| *trains\b', new.source, re.M)
         if had != has: yield f'cell {i}: stored outputs are {had}, the code gives {has}'
-        else:
-            same = _roughly if '#| trains' in new.source else _same
+        elif not (own_data and (trains or re.search(r'^#\| *data\b', new.source, re.M))):
+            same = _roughly if trains else _same
             yield from (f'cell {i}, {kind}:\n  stored {_first(x, y)}\n  now    {_first(y, x)}'
                         for (kind, x), (_, y) in zip(a, b) if not same(x, y))
 
@@ -169,19 +174,62 @@ def complaints(nb):
         yield f'{size:,} bytes with its outputs, wanted at most {MAX_SIZE:,}'
 
 
-def run(path, check):
+def data_used():
+    "What the notebooks get from `load_data(download=False)`, in the environment as it is"
+    code = 'from cifar_nbdev.data import load_data; print(load_data(download=False).name)'
+    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=ROOT/'nbs', capture_output=True, text=True)
+    return (r.stdout.strip() or f'nothing: {r.stderr.strip()}').splitlines()[-1]
+
+
+class Watch:
+    "Tells which files of a folder are new or changed, each once"
+    def __init__(self, root=ROOT, but=()):
+        self.root, self.but, self.lock = Path(root), {Path(p) for p in but}, threading.Lock()
+        self.seen = self.files()
+
+    def files(self):
+        "Size and time of every file, less those that running Python or git makes anywhere"
+        found = {}
+        for folder, subs, names in os.walk(self.root):
+            subs[:] = [s for s in subs if s not in _UNWATCHED and not (Path(folder)/s/'pyvenv.cfg').exists()]
+            for path in (Path(folder)/n for n in names):
+                if path in self.but: continue
+                try: found[path] = path.stat().st_size, path.stat().st_mtime_ns
+                except FileNotFoundError: pass          # gone again: the notebook beside this one had made it
+        return found
+
+    def new(self):
+        "Files that have come or changed since the last call"
+        with self.lock:
+            before, self.seen = self.seen, self.files()
+            return [p.relative_to(self.root) for p, state in self.seen.items() if before.get(p) != state]
+
+
+def run(path, check, own_data=False, watch=None):
     "Check one notebook or store its outputs; what is wrong with it"
-    stored = nbformat.read(path, as_version=4)
+    stored, start = nbformat.read(path, as_version=4), time.perf_counter()
     try:
-        fresh = execute(path)
-        wrong = [*complaints(fresh), *(differences(stored, fresh) if check else ())]
-    except CellExecutionError as e: wrong = [f'a cell failed:\n{e}']
+        fresh = execute(path, **({} if check else SHAPES))
+        wrong = [*complaints(stored), *differences(stored, fresh, own_data)] if check else [*complaints(fresh)]
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as e: wrong = [f'a cell failed:\n{e}']
+    if watch: wrong += [f'left {p} behind (or a notebook that ran beside it did)' for p in watch.new()]
     if not check and not wrong:
         from nbdev.clean import nbdev_clean
         nbformat.write(fresh, path)
         nbdev_clean(fname=str(path))
-    print(f'{path.name}: {"failed" if wrong else "as stored" if check else "stored"}', flush=True)
+    said = 'FAILED' if wrong else 'as stored' if check else 'stored'
+    print(f'{path.name}: {said} ({time.perf_counter() - start:.0f} s)', flush=True)
     return [f'{path.name}, {w}' for w in wrong]
+
+
+def run_all(notebooks=(), check=True):
+    "Two notebooks at a time; what is wrong with each, by its path"
+    name = data_used() if check else 'shapes10'
+    paths = [p.resolve() for p in notebooks] or sorted((ROOT/'nbs').glob('[!._]*.ipynb'))
+    print(f'{len(paths)} notebooks, on {name}', flush=True)
+    watch = Watch(but=paths)
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(paths, pool.map(lambda p: run(p, check, not name.startswith('shapes10'), watch), paths)))
 
 
 def main(argv=None):
@@ -191,10 +239,7 @@ def main(argv=None):
                    help='store nothing, fail if a stored output is not what the code gives')
     p.add_argument('notebooks', nargs='*', type=Path, help='default: all in nbs/')
     args = p.parse_args(argv)
-    os.environ.update(ENV)
-    notebooks = args.notebooks or sorted((ROOT/'nbs').glob('[!._]*.ipynb'))
-    with ThreadPoolExecutor(2) as pool:
-        wrong = sum(pool.map(lambda path: run(path.resolve(), args.check), notebooks), [])
+    wrong = sum(run_all(args.notebooks, args.check).values(), [])
     print(*wrong, sep='\n', file=sys.stderr)
     return int(bool(wrong))
 

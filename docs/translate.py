@@ -1,6 +1,9 @@
-"""From nbdev's processed notebooks, which speak Quarto, to notebooks that myst-nb understands"""
-import ast, re
-from itertools import groupby
+"""From notebooks as nbdev has them, in Quarto's flavour, to notebooks that myst-nb understands
+
+What the site shows of a code cell: nothing of `export` and `hide`, everything of `exports`, and there each public
+function and class gets an anchor, as nbdev's own links expect it: `train.html#fit`.
+"""
+import ast, os, re
 from pathlib import Path
 
 import yaml
@@ -9,20 +12,25 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_markdown_cell
 
 WIDGET = 'application/vnd.jupyter.widget-view+json'
-_OPTION = re.compile(r'#\|\s*([\w-]+)(?::[ \t]*(.+))?')
-_NO_EFFECT = {'eval', 'code-summary', 'message', 'warning', 'slow', 'cuda', 'trains'}   # nothing runs here
-_CODE_LINK = re.compile(r'\[`([^`]+)`\]\([^)]*\)')
-_ENTRY = re.compile(r'---\s+(?:\[source\]\((?P<source>[^)]*)\)\S*[^}]*\}\s+)?(?P<level>#+) (?P<name>\S+)\n')
+_OPTION = re.compile(r'#\|\s*([\w-]+)(?::[ \t]*(.+)|[ \t]+(\w+))?[ \t]*$')
+_HIDDEN = {'hide', 'export', 'exporti', 'default_exp'}
+_NO_EFFECT = {'exports', 'slow', 'cuda', 'trains', 'data'}              # nothing runs here
+_AS_IS = re.compile(r'(^ *```.*?^ *```|^#.*?$|!?\[[^\]]*\]\([^)]*\))', re.M | re.S)    # code, headings, links
 
 
 def pop_options(cell):
     "Cut the leading `#| name: value` lines off a code cell; a dict of them, None where there is no value"
     lines, options = cell.source.splitlines(), {}
     while lines and (m := _OPTION.match(lines[0])):
-        options[m[1]] = yaml.safe_load(m[2]) if m[2] else None
+        options[m[1]] = yaml.safe_load(m[2]) if m[2] else m[3]
         del lines[0]
-    cell.source = '\n'.join(lines)
+    cell.source = '\n'.join(lines).strip('\n')
     return options
+
+
+def options_of(cell):
+    "The same without a change of the cell; nothing of one that holds no code"
+    return pop_options(cell.copy()) if cell.cell_type == 'code' else {}
 
 
 def front_matter(nb):
@@ -36,36 +44,10 @@ def page_name(path, front):
     return Path(front.get('output-file') or re.sub(r'^\d+[a-z]*_', '', path.name)).stem
 
 
-def _stub(node, lines):
-    "Source of a function or class without what it does: signature, fields, public methods with docstrings"
-    first = node.decorator_list[0] if node.decorator_list else node
-    if isinstance(node, ast.ClassDef):
-        header = lines[first.lineno - 1:node.lineno]
-        fields = [line for n in node.body if isinstance(n, ast.AnnAssign)
-                  for line in lines[n.lineno - 1:n.end_lineno]]
-        methods = [n for n in node.body
-                   if isinstance(n, ast.FunctionDef) and (n.name == '__init__' or n.name[0] != '_')]
-        inner = [line for n in methods for line in [*_stub(n, lines), *_docstring(n, lines)]]
-        return [*header, *fields, *inner] if fields or inner else [header[-1].rstrip(':'), *header[:-1]][:1]
-    body = node.body[0]
-    if body.lineno > node.lineno: return lines[first.lineno - 1:body.lineno - 1]
-    return [*lines[first.lineno - 1:node.lineno - 1], lines[node.lineno - 1][:body.col_offset].rstrip()]
-
-
-def _docstring(node, lines):
-    "The lines of a function's docstring"
-    return lines[node.body[0].lineno - 1:node.body[0].end_lineno] if ast.get_docstring(node) else []
-
-
-def stubs(library):
-    "Stub of each function and class of a library, by file and name"
-    found = {}
-    for path in library.glob('*.py'):
-        lines = path.read_text(encoding='utf-8').splitlines()
-        for node in ast.parse('\n'.join(lines)).body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                found[path.name, node.name] = '\n'.join(_stub(node, lines))
-    return found
+def definitions(source):
+    "Public functions and classes that Python code defines: line by name"
+    found = (n for n in ast.parse(source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef)))
+    return {n.name: n.lineno for n in found if not n.name.startswith('_')}
 
 
 def anchors(names):
@@ -74,57 +56,82 @@ def anchors(names):
     return {n: low + '-2' * (low in lower[:i]) for i, (n, low) in enumerate(zip(names, lower))}
 
 
+class Page:
+    "A notebook, what its page is called, and what it defines before the reader's eyes"
+    def __init__(self, nb, path):
+        self.nb, self.path, self.front = nb, path, front_matter(nb)
+        self.name = page_name(path, self.front)
+        cells = [(cell, options_of(cell)) for cell in nb.cells]
+        self.module = next((o['default_exp'] for _, o in cells if 'default_exp' in o), self.name)
+        self.anchors = anchors([n for c, o in cells if 'exports' in o for n in definitions(c.source)])
+
+
 class Translator:
-    "Turns Quarto's Markdown and cell options into MyST's, for a site whose pages know each other's entries"
-    def __init__(self, cfg, library):
-        self.cfg, self.stubs, self.site = cfg, stubs(library), cfg['doc_host'] + cfg['doc_baseurl']
-        self.anchors = anchors(dict.fromkeys(name for _, name in self.stubs))
+    "Turns Quarto's Markdown and cell options into MyST's, for a site whose pages know each other's functions"
+    def __init__(self, cfg, root, pages):
+        self.cfg, self.library, self.pages = cfg, Path(root)/cfg['lib_path'], {p.name: p for p in pages}
+        self.site = cfg['doc_host'] + cfg['doc_baseurl']
+        self.blob = f"{cfg['git_url']}/blob/{cfg['branch']}"
+        self.targets = {}                               # 'fit' and 'train.fit' -> 'cifar_nbdev.train.fit'
+        for page in pages:
+            for name in page.anchors:
+                full = f"{cfg['lib_name']}.{page.module}.{name}"
+                for key in (name, f'{page.module}.{name}', full): self.targets.setdefault(key, full)
 
     def markdown(self, text):
-        "Callouts, headings with attributes, references to figures, links to pages and to entries"
+        "Callouts, headings with attributes, references to figures, links; fenced code stays as it is"
         text = re.sub(r'^(:{3,}) *\{\.callout-(\w+)([^}]*)\}', _callout, text, flags=re.M)
         text = re.sub(r'^(#+ .*?) *\{([#.][^}]*)\} *$', r'{\2}\n\1', text, flags=re.M)
         text = re.sub(r'(?<![\w`])@((?:fig|tbl)-[\w-]*\w)', r'{numref}`\1`', text)
-        page = (rf'(?:`([\w.]+)(?:\(\))?`)?\]\((?:{re.escape(self.site)}/)?'
-                r'(?:(?:\d+[a-z]*_)?([\w-]+)\.ipynb|([\w-]+)\.html)(#[^)]*)?\)')
-        return re.sub(page, self._link, text)
+        parts = _AS_IS.split(text)
+        return ''.join(self._link(p) if i % 2 else self._words(p) for i, p in enumerate(parts))
 
-    def _link(self, m):
-        "The end of a link to a page or an entry"
-        text, (name, notebook, html, anchor) = m[0].split('](')[0], m.groups()
-        if anchor and name in self.anchors: anchor = '#' + self.anchors[name]
-        return f'{text}]({notebook or html}.ipynb{anchor or ""})'
+    def _words(self, text):
+        "`name` and `name()` become links to where the name is defined"
+        def linked(m): return f'[{m[0]}](#{self.targets[m[1]]})' if m[1] in self.targets else m[0]
+        return re.sub(r'(?<![\w`{}])`([\w.]+)(?:\(\))?`(?!`)', linked, text)
 
-    def entry(self, text):
-        "What `show_doc` says of a function or class, with nbdev's anchor and the library's own signature"
-        m = _ENTRY.match(text)
-        if not m: return text
-        name, source = m['name'], m['source'] or ''
-        rest = re.sub(r'^```.*?^```', lambda code: _CODE_LINK.sub(r'\1', code[0]), text[m.end():],
-                      count=1, flags=re.M | re.S)
-        if stub := self.stubs.get((source.split('#')[0].split('/')[-1], name)):
-            rest = re.sub(r'^```.*?^```', lambda _: f'```python\n{stub}\n```', rest,
-                          count=1, flags=re.M | re.S)
-        link = f'[source]({source}){{.source}}' if source else ''
-        return f'{{#{self.anchors.get(name, name.lower())} .entry}}\n{m["level"]} {name}\n\n{link}\n\n{rest}'
+    def _link(self, text):
+        "A link to a page, to a function on it, or to another file of the repository; what is none stays"
+        m = re.fullmatch(r'(!?\[(?:`([\w.]+)(?:\(\))?`|[^\]]*)\])\(([^)#]*)(?:#([^)]*))?\)', text)
+        if not m or m[1].startswith('!'): return text
+        said, name, path, anchor = m.groups()
+        path, anchor = path.removeprefix(self.site + '/'), f'#{anchor}' if anchor else ''
+        here = re.fullmatch(r'[\w-]+\.(html|ipynb)', path)
+        if page := here and self.pages.get(page_name(Path(path), {})):
+            found = [n for n, a in page.anchors.items() if f'#{a}' == anchor]
+            if anchor and name in page.anchors: found = [name]
+            return f"{said}(#{self.cfg['lib_name']}.{page.module}.{found[0]})" if found else \
+                f'{said}({page.name}.ipynb{anchor})'
+        if not path or here or ':' in path: return text
+        file = os.path.normpath(f"{self.cfg['nbs_path']}/{path}")
+        return f'{said}({self.blob}/{file}{anchor})'
 
-    def cell(self, cell):
-        "A cell for myst-nb, or None if it is not shown"
-        if cell.cell_type == 'raw' or cell.source.startswith('<!-- WARNING'): return None
+    def _entry(self, page, names):
+        "Marks the place of a cell's functions and classes, with a link to their source"
+        module = f"{self.cfg['lib_name']}.{page.module}"
+        file = self.library/f'{page.module}.py'
+        line = definitions(file.read_text(encoding='utf-8')).get(names[0]) if file.exists() else None
+        source = f"{self.blob}/{self.cfg['lib_path']}/{file.name}" + (f'#L{line}' if line else '')
+        what = ' '.join(f'{module}.{n}={page.anchors[n]}' for n in names)
+        return new_markdown_cell(f'```{{entry}} {what}\n:source: {source}\n```')
+
+    def cell(self, cell, page=None):
+        "The cells for myst-nb that one cell becomes"
+        if cell.cell_type == 'raw': return []
         if cell.cell_type == 'markdown':
             cell.source = self.markdown(cell.source)
-            return cell
+            return [cell]
         options = pop_options(cell)
-        if options.pop('include', True) is False: return None
-        if options.get('output') == 'asis':
-            texts = [o.get('text') or o.data['text/markdown'] for o in cell.outputs]
-            line = re.search(r'#L(\d+)', texts[0]) if texts else None
-            return new_markdown_cell(self.markdown(self.entry('\n\n'.join(texts))),
-                                     metadata={'line': int(line[1])} if line else {})
+        if _HIDDEN & options.keys() or options.pop('include', True) is False: return []
+        names = list(definitions(cell.source)) if 'exports' in options else []
+        summary = options.pop('code-summary', None) or ', '.join(names) or 'The code'
         shown = {'remove-input': options.pop('echo', True) is False,
                  'hide-input': options.pop('code-fold', None) is True,
                  'remove-output': options.pop('output', True) is False}
-        cell.metadata.update(tags=[tag for tag, on in shown.items() if on], mystnb=_figure(options))
+        settings = _figure(options)
+        if shown['hide-input']: settings |= dict(code_prompt_show=summary, code_prompt_hide=summary)
+        cell.metadata.update(tags=[tag for tag, on in shown.items() if on], mystnb=settings)
         cell.outputs = [o for o in cell.outputs
                         if o.get('name') != 'stderr' and WIDGET not in o.get('data', {})]
         for o in cell.outputs:
@@ -133,19 +140,19 @@ class Translator:
         if unknown := options.keys() - _NO_EFFECT:
             raise ValueError(f'#| {", ".join(unknown)}: docs/translate.py does not know it, '
                              f'in\n{cell.source}')
-        return cell
+        return [*([self._entry(page, names)] if names else []), cell]
 
-    def notebook(self, nb, path):
+    def notebook(self, page):
         "A whole notebook for myst-nb, titled and described by its front matter, with a link to its source"
-        front, cfg = front_matter(nb), self.cfg
-        cells = [c for cell in nb.cells if (c := self.cell(cell))]
-        nb.cells = [c for _, run in groupby(cells, lambda c: 'line' in c.metadata)
-                    for c in sorted(run, key=lambda c: c.metadata.get('line', 0))]
+        front, nb, blob = page.front, page.nb, self.blob
+        nb.cells = [c for cell in nb.cells for c in self.cell(cell, page)]
         if not any(c.cell_type == 'markdown' and c.source.startswith('# ') for c in nb.cells):
             nb.cells.insert(0, new_markdown_cell(f"# {front['title']}\n\n> {front.get('description', '')}"))
-        link = f"[notebook]({cfg['git_url']}/blob/{cfg['branch']}/{cfg['nbs_path']}/{path.name}){{.source}}"
+        link = f"[notebook]({blob}/{self.cfg['nbs_path']}/{page.path.name}){{.source}}"
         nb.cells[0].source = re.sub(r'^# .*$', lambda m: f'{m[0]}\n\n{link}', nb.cells[0].source,
                                     count=1, flags=re.M)
+        if page.anchors:                                # or a heading of the same name would take the anchor
+            nb.cells.insert(0, new_markdown_cell(f"```{{reserve}} {' '.join(page.anchors.values())}\n```"))
         nb.metadata = NotebookNode(kernelspec=nb.metadata.kernelspec,
                                    myst={'html_meta': {'description': front.get('description', '')}})
         return nb

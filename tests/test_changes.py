@@ -1,46 +1,52 @@
-"""Choosing on images held back, testing once, and the command that makes all results anew"""
+"""Choosing on a validation set, testing once, and making all results anew"""
 import json
 
 import numpy as np
 import pytest
 import torch
 
-from cifar_nbdev import helps
+from cifar_nbdev import changes
+from cifar_nbdev.changes import (choose, final_test, gains, make_results, validation_split,
+                                 validation_table)
 from cifar_nbdev.data import ImageData, shapes10
-from cifar_nbdev.helps import choose, final_test, gains, held_back, results, split
-from cifar_nbdev.train import load_runs, run_name
+from cifar_nbdev.runs import load_runs, run_name
 from conftest import hashes
 
 
 def run(acc, lr=.01, seed=0, change=None):
     "A made-up run that ends with an accuracy"
-    config = dict(lr=lr, momentum=.9, weight_decay=5e-4, epochs=1, bs=128, seed=seed, reading='gate')
-    return dict(config=config | ({'change': change} if change else {}),
-                data=dict(name='made up', sha256='0', n_train=9, n_test=1),
+    config = dict(lr=lr, momentum=.9, weight_decay=5e-4, epochs=1, bs=128, seed=seed, reading='gate',
+                  init='pytorch', change=change)
+    return dict(config=config, data=dict(name='made up', sha256='0'*64, n_train=9, n_test=1),
                 epochs=[dict(epoch=1, test_acc=acc)], weights_sha256='')
 
 
 def as_tested(runs, accs):
-    return {run_name(r['config'], '0'): dict(test_acc=a) for r, a in zip(runs, accs)}
+    return {run_name(r['config'], '0'*64): dict(test_acc=a) for r, a in zip(runs, accs)}
 
 
-def test_split_takes_the_same_part_of_unequal_classes():
+def test_the_split_takes_the_same_part_of_unequal_classes():
     y = torch.tensor([0]*30 + [1]*50 + [2]*7)
     x = torch.arange(len(y)).to(torch.uint8)[:, None, None, None].expand(-1, 3, 32, 32)
-    held = split(ImageData(x, y, x[:2], y[:2], ('a', 'b', 'c'), 'made up'))
-    assert torch.bincount(held.y_test).tolist() == [3, 5, 1]
+    data = ImageData(x, y, x[:2], y[:2], ('a', 'b', 'c'), 'made up')
+    part = validation_split(data)
+    assert torch.bincount(part.y_test).tolist() == [3, 5, 1]
     pixels = lambda x: sorted(x[:, 0, 0, 0].tolist())
-    assert sorted(pixels(held.x_train) + pixels(held.x_test)) == list(range(87))
-    assert (held.y_test == y[held.x_test[:, 0, 0, 0].long()]).all() and held.classes == ('a', 'b', 'c')
-    assert split(ImageData(x, y, x[:2], y[:2], ('a', 'b', 'c'), 'made up'), seed=1).sha256 != held.sha256
+    assert sorted(pixels(part.x_train) + pixels(part.x_test)) == list(range(87))
+    assert (part.y_test == y[part.x_test[:, 0, 0, 0].long()]).all() and part.classes == ('a', 'b', 'c')
+    assert validation_split(data, seed=1).sha256 != part.sha256
 
 
-def test_the_choice_is_the_best_mean_on_the_images_held_back():
+def test_the_choice_is_the_best_mean_on_the_validation_set():
     accuracies = {None: {.01: (.5, .5), .005: (.7, .2)}, 'cosine schedule': {.01: (.1, .2), .005: (.2, .3)}}
     runs = [run(a, lr, s, c) for c, by_lr in accuracies.items()
             for lr, accs in by_lr.items() for s, a in enumerate(accs)]
     assert choose(runs) == {'none': .01, 'cosine schedule': .005}
-    assert held_back(runs).loc[('cosine schedule', .005)].round(6).tolist() == [2, 25, round(50**.5, 6)]
+    assert validation_table(runs).loc[('cosine schedule', .005)].round(6).tolist() == [2, 25, round(50**.5, 6)]
+    # runs of before there were changes in a run's settings
+    for r in runs:
+        if r['config']['change'] is None: del r['config']['change']
+    assert choose(runs) == {'none': .01, 'cosine schedule': .005}
     # seeds that the others were not run with do not count
     more = runs + [run(.9, .01, s, 'cosine schedule') for s in (2, 3)]
     assert choose(more) == choose(runs)
@@ -61,11 +67,11 @@ def made(tmp_path_factory):
     "All results on a few shapes, with one reading and one change: data and folder"
     data, out = shapes10(300, 100), tmp_path_factory.mktemp('made')/'results'
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(helps, 'READINGS', ('gate', 'mix-first'))
-        m.setattr(helps, 'CHANGES', {c: helps.CHANGES[c] for c in ['all three']})
-        results(data, out, epochs=1, device='cpu', workers=2, progress=False)
+        m.setattr(changes, 'READINGS', ('gate', 'mix-first'))
+        m.setattr(changes, 'CHANGES', {c: changes.CHANGES[c] for c in ['all three']})
+        make_results(data, out, epochs=1, device='cpu', workers=2, progress=False)
         before = hashes(out)
-        results(data, out, epochs=1, device='cpu', workers=2, progress=False)
+        make_results(data, out, epochs=1, device='cpu', workers=2, progress=False)
         assert hashes(out) == before                                           # nothing was done again
     return data, out
 
@@ -74,8 +80,9 @@ def test_all_results_are_made(made):
     data, out = made
     runs = load_runs(out)
     assert len(runs) == 3*10 + 5 + 3*3 and {r['data']['sha256'] for r in runs} == {data.sha256}
-    changes = load_runs(out/'changes')
-    assert len(changes) == 2 * (2*3 + 5) and {r['data']['sha256'] for r in changes} == {split(data).sha256}
+    of_changes = load_runs(out/'changes')
+    assert len(of_changes) == 2 * (2*3 + 5)
+    assert {r['data']['sha256'] for r in of_changes} == {validation_split(data).sha256}
     found = json.loads((out/'inside.json').read_text())
     first = next(r for r in runs if [r['config'][k] for k in ('lr', 'seed', 'reading')] == [.005, 0, 'gate'])
     assert np.trace(found['confusion']) / 100 == pytest.approx(first['epochs'][-1]['test_acc'])
@@ -83,10 +90,16 @@ def test_all_results_are_made(made):
 
 def test_only_what_was_chosen_is_tested_and_only_once(made):
     data, out = made
-    changes = load_runs(out/'changes')
-    found, best = json.loads((out/'changes'/'tested.json').read_text()), choose(changes)
-    chosen = {run_name(r['config'], r['data']['sha256']): r['weights_sha256'] for r in changes
-              if best[r['config'].get('change', 'none')] == r['config']['lr']}
+    runs = load_runs(out/'changes')
+    found, best = json.loads((out/'changes'/'tested.json').read_text()), choose(runs)
+    chosen = {run_name(r['config'], r['data']['sha256']): r['weights_sha256'] for r in runs
+              if best[r['config'].get('change') or 'none'] == r['config']['lr']}
     assert {n: t['weights_sha256'] for n, t in found.items()} == chosen and len(chosen) == 2 * 8
     for weights in (out/'changes').glob('*.safetensors'): weights.unlink()
     assert final_test(data, out/'changes') == found                                  # read, not tested again
+
+
+def test_weights_meet_only_the_data_that_they_were_split_from(made):
+    data, out = made
+    with pytest.raises(ValueError, match='are of other data, wanted validation_split of this'):
+        final_test(shapes10(300, 100, seed=1), out/'changes')

@@ -1,0 +1,1 @@
+def captured_step(model, opt, xb, yb): raise NotImplementedError
