@@ -178,11 +178,12 @@ def forward_backward(part, start, stop, x, weights, z, y, losses, sums):
         losses[i] = _loss(z[i], y[i], len(x), d_z)
         _backward(x[i], weights[4], m, a, c, h, d_z, d_a, d_h, gradients)
 
-# %% ../nbs/12_compiled.ipynb #4b7435ce
+# %% ../nbs/12_compiled.ipynb #08330d08
 def _zeros(*shape): return np.zeros(shape, np.float32)
 
 _TINY = _zeros(6, 3, 5, 5), _zeros(6), _zeros(1, 3), _zeros(1), _zeros(2, 6, _PLACES), _zeros(2)    # weights
-_TINY = (_zeros(1, 3, 1024), _TINY, _zeros(1, 2), np.zeros(1, np.int64), _zeros(1), tuple(w[None] for w in _TINY))
+_TINY = (_zeros(1, 3, 1024), _TINY, _zeros(1, 2), np.zeros(1, np.int64), _zeros(1),
+         tuple(w[None] for w in _TINY))                 # images, weights, logits, labels, losses, sums
 
 def available() -> bool:  # False after a failure, which was said in one line
     "Can `forward_backward` be had in machine code? Compiles or loads it at the first question"
@@ -197,9 +198,9 @@ def convolve_batch_backward(part, start, stop, x, d_u, d_w):
     "Gradient of the kernels, added to d_w[part], (O, 3, 5, 5), where d_u[part] is that of each result"
     for i in range(start, stop): convolve_backward(x[i], d_u[part], d_w[part])
 
-# %% ../nbs/12_compiled.ipynb #e711a24f
+# %% ../nbs/12_compiled.ipynb #814b6d76
 def _loss_and_gradients(model, xb, yb):
-    "Mean loss, logits (B, classes), and gradients of the parameters of conv, gate and fc"
+    "Mean loss, logits (B, classes), and gradients of weight and bias of conv, gate and fc"
     head = model.fc.weight.reshape(len(model.fc.bias), -1, _N, _N)
     head = F.pad(head, (0, 32 - _N)).flatten(2)         # rows of 32
     weights = *model.conv.parameters(), *model.gate.parameters(), head, model.fc.bias
@@ -208,11 +209,12 @@ def _loss_and_gradients(model, xb, yb):
     sums = [torch.zeros(len(parts(len(xb))), *w.shape, dtype=torch.float32, device='cpu') for w in weights]
     run_parts(forward_backward, len(xb), xb.contiguous().view(-1, 3, 1024).numpy(), weights, z,
               yb.contiguous().numpy(), losses, tuple(s.numpy() for s in sums))
-    *gradients, d_head, d_head_bias = (s.sum(0) for s in sums)
+    d_w, d_b, d_gate, d_gate_bias, d_head, d_head_bias = (s.sum(0) for s in sums)
     d_head = d_head.unflatten(2, (_N, 32))[..., :_N].reshape(model.fc.weight.shape)
-    return torch.from_numpy(losses).mean(), torch.from_numpy(z), (*gradients, d_head, d_head_bias)
+    gradients = (d_w, d_b), (d_gate, d_gate_bias), (d_head, d_head_bias)
+    return torch.from_numpy(losses).mean(), torch.from_numpy(z), gradients
 
-# %% ../nbs/12_compiled.ipynb #5258bd96
+# %% ../nbs/12_compiled.ipynb #6b0cf341
 _METHODS = [(owner, name, vars(sys.modules[module])) for owner, module, names in (
     (ImageClassifier, 'cifar_nbdev.model', ('forward', 'gates')),
     (sys.modules['cifar_nbdev.model'], 'cifar_nbdev.model', ('check_images', 'weighted_sum')),
@@ -223,12 +225,11 @@ _METHODS = [(owner, name, vars(sys.modules[module])) for owner, module, names in
 
 def _changed_method():
     "Is a method or function another than the one that the loops were made for?"
-    for owner, name, home in _METHODS:
-        if getattr(getattr(owner, name), '__globals__', None) is not home:
-            return f'{owner.__name__}.{name} has been replaced'
-    return ''
+    changed = [f'{owner.__name__}.{name} has been replaced' for owner, name, home in _METHODS
+               if getattr(getattr(owner, name), '__globals__', None) is not home]
+    return ', '.join(changed)
 
-# %% ../nbs/12_compiled.ipynb #4de2cfd4
+# %% ../nbs/12_compiled.ipynb #51f602f7
 _LAYERS = [('conv', nn.Conv2d), ('fc', nn.Linear), ('gate', nn.Linear)]
 _CONV = '3, {}, kernel_size=(5, 5), stride=(1, 1)'
 
@@ -240,7 +241,7 @@ def _changed_layer(model):
     o, k = len(conv.weight), len(gate.weight)
     if conv.extra_repr() != _CONV.format(o): return f'{conv} is not Conv2d({_CONV.format(o)})'
     if o % 6 or o % k: return f'its convolution has {o} output channels, wanted a multiple of 6'
-    if None in (fc.bias, gate.bias): return 'a layer has no bias'
+    if fc.bias is None or gate.bias is None: return 'a layer has no bias'
     sizes = [tuple(p.shape) for p in (conv.weight, conv.bias, gate.weight, gate.bias, fc.weight, fc.bias)]
     wanted = [(o, 3, _SIDE, _SIDE), (o,), (k, 3), (k,), (len(fc.bias), o // k * _N * _N), (len(fc.bias),)]
     return '' if sizes == wanted else f'its parameters are {sizes}, wanted {wanted}'
@@ -276,21 +277,20 @@ def why_not(
     if type(model) is not ImageClassifier: return f'it is a {type(model).__name__}, wanted an ImageClassifier'
     return _changed_layer(model) or _changed_method() or _changed_parameter(model) or _watched(model)
 
-# %% ../nbs/12_compiled.ipynb #d0d686e0
+# %% ../nbs/12_compiled.ipynb #0faa4fb3
 def _check_batch(xb, yb, classes):
     "Raise an error in one line if a batch is not one for the loops"
     images = xb.shape[1:] == (3, 32, 32) and xb.dtype == torch.float32 and xb.is_cpu and not xb.requires_grad
     if not images or not len(xb):
         raise ValueError(f'compiled_step: images are {xb.dtype} {tuple(xb.shape)} on {xb.device}, wanted '
-                         'float32 (B, 3, 32, 32) on the CPU, B at least 1, no gradient. Or use step=train_step')
+                         'float32 (B, 3, 32, 32) on the CPU, B at least 1, no gradient. Use step=train_step')
     if yb.shape != xb.shape[:1] or yb.dtype != torch.int64 or not yb.is_cpu:
         raise ValueError(f'compiled_step: labels are {yb.dtype} {tuple(yb.shape)} on {yb.device}, '
                          f'wanted int64 ({len(xb)},) on the CPU')
-    low, high = yb.aminmax()
-    if not 0 <= low <= high < classes:
-        raise IndexError(f'compiled_step: labels go from {low} to {high}, wanted 0 to {classes - 1}')
+    if not 0 <= yb.min() <= yb.max() < classes:
+        raise IndexError(f'compiled_step: labels go from {yb.min()} to {yb.max()}, wanted 0 to {classes - 1}')
 
-# %% ../nbs/12_compiled.ipynb #6b82b227
+# %% ../nbs/12_compiled.ipynb #4a70a631
 def compiled_step(
     model: ImageClassifier,  # One for which `why_not` has nothing to say; else a `ValueError` says it
     opt: torch.optim.Optimizer,  # Of the model's parameters
@@ -304,15 +304,12 @@ def compiled_step(
     with one_thread():
         with torch.no_grad(): loss, logits, gradients = _loss_and_gradients(model, xb, yb)
         opt.zero_grad()
-        parameters = *model.conv.parameters(), *model.gate.parameters(), *model.fc.parameters()
-        for p, gradient in zip(parameters, gradients, strict=True): p.grad = gradient
+        for m, d in zip((model.conv, model.gate, model.fc), gradients): m.weight.grad, m.bias.grad = d
         opt.step()
     return loss, logits
 
-# %% ../nbs/12_compiled.ipynb #6861fbae
-def _around(): return one_thread() if available() else nullcontext()
-
-compiled_step.around = _around
+# %% ../nbs/12_compiled.ipynb #80fcfc7c
+compiled_step.around = lambda: one_thread() if available() else nullcontext()
 
 # %% ../nbs/12_compiled.ipynb #671e1ad5
 document(__name__)

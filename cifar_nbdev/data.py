@@ -6,7 +6,7 @@
 __all__ = ['OFFICIAL_SHA256', 'ImageData', 'tensors_sha256', 'shapes10', 'ImageDataset', 'Shuffle', 'BatchLoader', 'DataLoaders',
            'dataloaders', 'is_cifar10', 'load_data', 'describe_batches']
 
-# %% ../nbs/00_data.ipynb #2b5f595a
+# %% ../nbs/00_data.ipynb #ab409fe3
 import hashlib, os, warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .files import check_settings, document
-from .sources import (CLASSES, NAME, SHAPES_NAME, draw_shapes, official, read_npz,
+from .sources import (CLASSES, NAME, SHAPES_NAME, cifar10_roots, draw_shapes, official, read_npz,
                                  torchvision_cifar10)
 
 # %% ../nbs/00_data.ipynb #6febf6e4
@@ -166,7 +166,7 @@ def _named(data):
     else: name = f'{NAME}, unverified copy {data.sha256[:8]}' if is_cifar10(data.name) else data.name
     return ImageData(data.x_train, data.y_train, data.x_test, data.y_test, data.classes, name)
 
-# %% ../nbs/00_data.ipynb #3d7aaa12
+# %% ../nbs/00_data.ipynb #2ede4992
 _NOT_CIFAR = """
 **********************************************************************
   This is NOT CIFAR-10: using synthetic shapes instead.
@@ -178,6 +178,10 @@ def _auto(root, name, download):
     if env := os.environ.get('CIFAR_NBDEV_DATA'):
         if env == 'auto': raise ValueError("CIFAR_NBDEV_DATA is 'auto': wanted a path, 'cifar10', 'shapes10'")
         return load_data(env, root, name, download)
+    try: return load_data('cifar10', root, download=False)
+    except (OSError, ImportError): pass
+    if found := sorted(cifar10_roots(root)[0].glob('cifar10*.npz')):
+        return load_data(found[0], name=name or NAME)
     try: return load_data('cifar10', root, download=download)
     except (OSError, ImportError) as e:
         warnings.warn(_NOT_CIFAR.format(why=str(e).replace('\n', '\n  ')), stacklevel=3)

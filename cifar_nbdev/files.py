@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['atomic_write', 'progress_bar', 'check_settings', 'pick_device', 'reference_arithmetic', 'document']
 
-# %% ../nbs/10_files.ipynb #79438b9e
+# %% ../nbs/10_files.ipynb #8ee12029
 import os, sys, tempfile, threading
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -110,14 +111,14 @@ def _parameters(f):
     lines = [f'    {name}: {" ".join(note.split())}' for name, note in notes.items()]
     return lines + ([f'\nReturns: {" ".join(back.split())}'] if back else [])
 
-# %% ../nbs/10_files.ipynb #5fa3dbe5
+# %% ../nbs/10_files.ipynb #e1c1bd30
 def document(
     module: str,  # Its `__name__`
 ):
     "Add the comments of their parameters to the `__doc__` of a module's public functions and classes"
     for name, f in vars(sys.modules[module]).items():
         if name[0] == '_' or getattr(f, '__module__', None) != module or not callable(f): continue
-        try: lines = _parameters(f.__init__ if isinstance(f, type) else f)
+        try: lines = _parameters(f.__init__ if isinstance(f, type) and not is_dataclass(f) else f)
         except (OSError, TypeError, ValueError): continue           # no source at hand: nothing to add
         if lines and 'Parameters:' not in (f.__doc__ or ''):
             f.__doc__ = '\n'.join([f.__doc__ or '', '', 'Parameters:', *lines])

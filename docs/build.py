@@ -1,4 +1,5 @@
-"""Builds the site in _docs/, and README.md: translate.py turns the notebooks' Quarto flavour into MyST, Sphinx renders
+"""Builds the site in _docs/, and README.md: translate.py turns the notebooks' Quarto flavour into MyST,
+Sphinx renders
 
     python docs/build.py             both
     python docs/build.py --readme    only README.md and its figures
@@ -86,8 +87,8 @@ def build_site(out, notebooks=None, root=ROOT):
     html = made/'html'
     shutil.rmtree(made, ignore_errors=True)
     write_pages(cfg, notebooks or (root/cfg['nbs_path']).glob('[!._]*.ipynb'), made/'pages', root)
-    args = ['-W', '--keep-going', '-q', '-c', str(ROOT/'docs'), '-d', str(made/'doctrees'), str(made/'pages'), str(html)]
-    if status := sphinx(args): sys.exit(status)
+    args = ['-W', '--keep-going', '-q', '-c', ROOT/'docs', '-d', made/'doctrees', made/'pages', html]
+    if status := sphinx([*map(str, args)]): sys.exit(status)
     for path in (html/'_static'/'mathjax').iterdir():                   # 20 MB of other formats
         if path.name != 'tex-svg.js': shutil.rmtree(path) if path.is_dir() else path.unlink()
     if found := list(problems(html, cfg['doc_host'])): sys.exit('\n'.join(found))

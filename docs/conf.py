@@ -53,7 +53,7 @@ class Reserve(SphinxDirective):
 
 
 class Entry(SphinxDirective):
-    "The place of functions and classes, `module.name=anchor` each: search, links and other sites find them there"
+    "The place of functions and classes, `module.name=anchor` each: where links and the search find them"
     final_argument_whitespace, required_arguments = True, 1
     option_spec = {'source': directives.uri}
 

@@ -3,13 +3,13 @@ or checks that the stored ones are what the code gives
 
     python docs/execute.py [--check] [notebook ...]
 
-The check is the notebooks' test, too: each runs once, every assertion must hold, no cell may leave a file behind.
+The check is the notebooks' test, too: each runs once, every assertion must hold, no file may be left behind.
 Figures are compared by the data they draw, not by their pixels: lines, areas, bars, images and texts are
 summed up in a few numbers each, which are stored in the metadata of the figure's output. Cells flagged
 `slow` or `cuda` are not run and keep their outputs. In cells flagged `trains`, which train on this machine,
 decimal numbers may be off by 0.1: processors round differently, and training lets that grow. A check runs on
-the data that CIFAR_NBDEV_DATA and CIFAR_NBDEV_ROOT choose; where those are not shapes10, outputs of cells flagged
-`data` or `trains` need only be of the same kinds.
+the data that CIFAR_NBDEV_DATA and CIFAR_NBDEV_ROOT choose; where those are not shapes10, outputs of cells
+flagged `data` or `trains` need only be of the same kinds.
 """
 import argparse, base64, copy, inspect, io, math, os, re, subprocess, sys, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor
@@ -177,7 +177,8 @@ def complaints(nb):
 def data_used():
     "What the notebooks get from `load_data(download=False)`, in the environment as it is"
     code = 'from cifar_nbdev.data import load_data; print(load_data(download=False).name)'
-    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=ROOT/'nbs', capture_output=True, text=True)
+    command = [sys.executable, '-W', 'ignore', '-c', code]
+    r = subprocess.run(command, cwd=ROOT/'nbs', capture_output=True, text=True)
     return (r.stdout.strip() or f'nothing: {r.stderr.strip()}').splitlines()[-1]
 
 
@@ -210,7 +211,8 @@ def run(path, check, own_data=False, watch=None):
     stored, start = nbformat.read(path, as_version=4), time.perf_counter()
     try:
         fresh = execute(path, **({} if check else SHAPES))
-        wrong = [*complaints(stored), *differences(stored, fresh, own_data)] if check else [*complaints(fresh)]
+        wrong = list(complaints(stored if check else fresh))
+        if check: wrong += differences(stored, fresh, own_data)
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as e: wrong = [f'a cell failed:\n{e}']
     if watch: wrong += [f'left {p} behind (or a notebook that ran beside it did)' for p in watch.new()]
     if not check and not wrong:
@@ -227,9 +229,9 @@ def run_all(notebooks=(), check=True):
     name = data_used() if check else 'shapes10'
     paths = [p.resolve() for p in notebooks] or sorted((ROOT/'nbs').glob('[!._]*.ipynb'))
     print(f'{len(paths)} notebooks, on {name}', flush=True)
-    watch = Watch(but=paths)
+    watch, own_data = Watch(but=paths), not name.startswith('shapes10')
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(paths, pool.map(lambda p: run(p, check, not name.startswith('shapes10'), watch), paths)))
+        return dict(zip(paths, pool.map(lambda p: run(p, check, own_data, watch), paths)))
 
 
 def main(argv=None):

@@ -14,7 +14,8 @@ def repository_links(text):
     "Links of a notebook in nbs/, from the folder above: `00_data.ipynb` is `nbs/00_data.ipynb` there"
     def above(m): return f'{m[1]}({os.path.normpath("nbs/" + m[2])})'
     parts = re.split(r'(^```.*?^```)', text, flags=re.M | re.S)         # not in code
-    parts[::2] = [re.sub(r'((?<!!)\[[^\]]*\])\((?![a-z]+:|#)([^)#\s]+)(?:#[^)]*)?\)', above, p) for p in parts[::2]]
+    link = re.compile(r'((?<!!)\[[^\]]*\])\((?![a-z]+:|#)([^)#\s]+)(?:#[^)]*)?\)')
+    parts[::2] = [link.sub(above, p) for p in parts[::2]]
     return ''.join(parts)
 
 

@@ -1,6 +1,6 @@
 """From notebooks as nbdev has them, in Quarto's flavour, to notebooks that myst-nb understands
 
-What the site shows of a code cell: nothing of `export` and `hide`, everything of `exports`, and there each public
+What the site shows of a code cell: nothing of `export` and `hide`, everything of `exports`; there each public
 function and class gets an anchor, as nbdev's own links expect it: `train.html#fit`.
 """
 import ast, os, re

@@ -1,5 +1,5 @@
-"""All tests: each notebook runs once, its outputs compared with those stored, then pytest; the last line counts \
-what passed (for `make test`)"""
+"""All tests, for `make test`: each notebook runs once, its outputs compared with those stored, then pytest; the
+last line counts what passed"""
 import os, sys
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def main():
     bad = sum(map(bool, notebooks.values()))
     status = pytest.main(['tests', '-q', '--durations=5'], plugins=[count])
     passed, failed = len(notebooks) - bad + count.passed, bad + count.failed
-    if not notebooks or status and not count.failed: failed += 1        # no notebooks, no tests, or pytest broke
+    if not notebooks or status and not count.failed: failed += 1        # no notebooks, no tests, or it broke
     print(f'{passed} passed, {failed} failed' + f', {count.skipped} skipped' * (count.skipped > 0))
     return int(failed > 0)
 

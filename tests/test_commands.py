@@ -1,5 +1,5 @@
 """What a good run of `cifar_report` writes and says, and that a bad one says why and destroys nothing"""
-import base64, io, json, os, re, signal, subprocess, sys, time
+import base64, dataclasses, io, json, os, re, shutil, signal, subprocess, sys, time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -8,12 +8,18 @@ import pandas as pd
 import pytest
 import torch
 
-from cifar_nbdev.data import DataError, ImageData, dataloaders, load_data, progress_bar, shapes10
+from cifar_nbdev.commands import cifar_report
+from cifar_nbdev.data import dataloaders, load_data, shapes10
+from cifar_nbdev.files import pick_device, progress_bar
 from cifar_nbdev.model import ImageClassifier
-from cifar_nbdev.report import cifar_report, reproduce
-from cifar_nbdev.train import (evaluate, fit, load_runs, load_weights, pick_device, save_weights, sweep,
-                               weights_sha256)
-from conftest import arrays, clean_env, hashes, save_npz
+from cifar_nbdev.page import reproduce, write_report
+from cifar_nbdev.readings import READINGS
+from cifar_nbdev.report import REPORT
+from cifar_nbdev.runs import load_runs, load_weights, save_weights, weights_sha256
+from cifar_nbdev.sources import DataError
+from cifar_nbdev.sweep import sweep
+from cifar_nbdev.train import evaluate, fit
+from conftest import arrays, clean_env, hashes, python, save_npz
 
 COMMAND = Path(sys.executable).with_name('cifar_report.exe' if os.name == 'nt' else 'cifar_report')
 NAME = 'shapes10 (synthetic)'
@@ -67,8 +73,11 @@ def test_it_prints_the_table_and_then_the_path(good):
     assert said.stdout.splitlines()[-1].endswith(str(Path('report', 'index.html')))
 
 
-def test_no_bar_where_nobody_watches(good):
-    assert good[1].stderr == ''
+def test_lines_and_no_bar_where_nobody_watches(good):
+    first, *runs = good[1].stderr.splitlines()
+    assert first == f'{NAME}, not CIFAR-10: 3 runs of 2 epochs by compiled_step'
+    stored = {p.stem for p in (good[0]/'report'/'runs').glob('*.json')}
+    assert {line.partition(': test accuracy ')[0] for line in runs} == stored and len(runs) == 3
 
 
 def test_a_bar_where_somebody_watches(monkeypatch, capsys):
@@ -102,8 +111,8 @@ def test_the_page_shows_the_figures_that_are_beside_it(good):
 def test_the_page_says_what_ran_on_what(good):
     _, page = read_page(good)
     run = load_runs(good[0]/'report'/'runs')[0]
-    for said in ('300 training and 100 test images', '2 epochs', run['data']['sha256'][:16],
-                 torch.__version__, '3 of 3 runs were trained'):
+    for said in ('300 training and 100 test images', '2 epochs', 'epochs: 2 instead of 30',
+                 run['data']['sha256'][:16], torch.__version__, 'compiled_step', '3 of 3 runs were trained'):
         assert said in page.text
     assert all(r['weights_sha256'][:12] in page.text for r in load_runs(good[0]/'report'/'runs'))
 
@@ -119,6 +128,9 @@ def test_it_says_everywhere_that_this_is_not_cifar10(good):
     for svg in (folder/'report'/'figures').glob('*.svg'):       # letters are paths, the text is a comment
         assert f'<!-- {NAME}, not CIFAR-10 -->' in svg.read_text(encoding='utf-8')
     assert 'not CIFAR-10' in (folder/'report'/'table.md').read_text(encoding='utf-8')
+    for file in ('index.html', 'table.md', 'table.csv'):            # and none of the report's accuracies
+        text = (folder/'report'/file).read_text(encoding='utf-8')
+        assert not [acc for acc in REPORT.values() if f'{100 * acc:.2f}' in text]
 
 
 def test_figures_are_pictures(good):
@@ -132,12 +144,13 @@ def test_the_table_agrees_with_the_runs(good):
     table = pd.read_csv(good[0]/'report'/'table.csv').set_index('lr')
     last = {r['config']['lr']: 100 * r['epochs'][-1]['test_acc'] for r in load_runs(good[0]/'report'/'runs')}
     assert table['ours'].round(2).to_dict() == {lr: round(acc, 2) for lr, acc in last.items()}
-    assert table['report'].to_dict() == {.005: 52.24, .01: 51.97, .0001: 38.57}
+    assert 'report' not in table
 
 
 def test_a_run_json_has_what_was_promised(good, small):
-    keys = dict(config='lr momentum weight_decay epochs bs seed reading', data='name sha256 n_train n_test',
-                env='python torch torchvision numpy platform device threads')
+    keys = dict(config='lr momentum weight_decay epochs bs seed reading init change',
+                data='name sha256 n_train n_test',
+                env='cifar_nbdev step python torch torchvision numpy numba platform device threads')
     for file in (good[0]/'report'/'runs').glob('*.json'):
         run = json.loads(file.read_text(encoding='utf-8'))
         assert {'epochs', 'wall_seconds', 'weights_sha256', *keys} <= set(run)
@@ -161,7 +174,7 @@ def test_the_weights_are_those_of_the_run(good, small):
 def test_the_same_command_again_trains_nothing(good, monkeypatch, capsys, tmp_path):
     before = hashes(good[0]/'report')
     monkeypatch.chdir(good[0])
-    monkeypatch.setattr('cifar_nbdev.train.loky.ProcessPoolExecutor', None)
+    monkeypatch.setattr('cifar_nbdev.sweep.loky.ProcessPoolExecutor', None)
     cifar_report('--data small.npz --epochs 2 --device cpu'.split())
     after = hashes(good[0]/'report')
     assert {k for k in before | after if before.get(k) != after.get(k)} == {'index.html'}
@@ -174,6 +187,103 @@ def test_it_can_print_to_a_terminal_that_knows_ascii_only(good, monkeypatch):
     cifar_report('--data small.npz --epochs 2 --device cpu'.split())
     sys.stdout.flush()
     assert b'The report:' in sys.stdout.buffer.getvalue()
+
+
+# Before anything is imported
+
+def test_help_and_version_are_quick_and_import_nothing_heavy(tmp_path):
+    code = """import sys
+from cifar_nbdev.commands import *
+for command in (cifar_report, cifar_bench, cifar_results):
+    for option in ('--help', '--version', '--no-such-option'):
+        try: command([option])
+        except SystemExit: pass
+print({'torch', 'numpy', 'pandas', 'matplotlib', 'jinja2', 'scipy', 'numba'} & sys.modules.keys())"""
+    assert python(code, cwd=tmp_path).stdout.splitlines()[-1] == 'set()'
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        said = command('--help', cwd=tmp_path)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 1
+    assert 'default: 0.005 0.01 0.0001' in said.stdout and 'default: report' in said.stdout
+
+
+@pytest.mark.parametrize('words', ['--seeds 0 1 2', '--seeds 0,1,2', '--seeds 0, 1,2', '--seeds=0,1,2'])
+def test_lists_in_both_forms(monkeypatch, words):
+    seen = {}
+    monkeypatch.setattr('cifar_nbdev.page.reproduce', lambda **kwargs: seen.update(kwargs) or exit())
+    with pytest.raises(SystemExit): cifar_report([*words.split(), '--lrs', '0.1,1e-3'])
+    assert seen['seeds'] == [0, 1, 2] and seen['lrs'] == [.1, .001]
+    assert set(seen) == {'data', 'out', 'lrs', 'seeds', 'epochs'}   # the rest is left to `reproduce`
+
+
+def test_the_learning_rates_are_those_of_the_report(monkeypatch):
+    seen = {}
+    monkeypatch.setattr('cifar_nbdev.page.reproduce', lambda **kwargs: seen.update(kwargs) or exit())
+    with pytest.raises(SystemExit): cifar_report([])
+    assert seen == dict(data='auto', out='report', lrs=list(REPORT), seeds=[0], epochs=30)
+
+
+# The page, from the library
+
+EVIL = '</title></style><script>alert(1)</script>" onload="alert(1)'
+
+
+def test_nothing_in_a_run_runs_on_the_page(good, tmp_path):
+    runs = load_runs(good[0]/'report'/'runs')
+    for r in runs:
+        for k in ('bs', 'epochs', 'momentum', 'weight_decay', 'seed', 'reading', 'init'): r['config'][k] = EVIL
+        r['data'] |= dict(name=EVIL, sha256=EVIL)
+        r['env'] = {EVIL: EVIL, 'step': EVIL}
+        r |= dict(weights_sha256=EVIL, peak_memory_mb=EVIL)
+    page = Page(write_report(runs, tmp_path, EVIL).read_text(encoding='utf-8'))
+    assert 'script' not in {t for t, _ in page.tags} and not [a for _, a in page.tags if 'onload' in a]
+    assert page.text.count('<script>alert(1)</script>') > 10
+
+
+def test_a_name_with_dollars_is_drawn_as_it_is(good, tmp_path):
+    runs = [dict(r, data=r['data'] | {'name': r'mine $\foo$ 5$'}) for r in load_runs(good[0]/'report'/'runs')]
+    assert r'mine $\foo$ 5$, not CIFAR-10' in write_report(runs, tmp_path).read_text(encoding='utf-8')
+
+
+def tiny_net(data, seed):
+    "A net that is not the report's"
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10))
+
+
+def test_a_net_of_ones_own(small, tmp_path):
+    "Its page says nothing about the report, not even beside CIFAR-10"
+    data = dataclasses.replace(small, name='CIFAR-10, unverified copy 12345678')
+    state = torch.random.get_rng_state()
+    index = reproduce(data, (.005, .02), model=tiny_net, epochs=2, out=tmp_path, device='cpu', workers=1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    page = Page(index.read_text(encoding='utf-8'))
+    assert 'tiny_net, a net of your own, on CIFAR-10, unverified copy' in page.text
+    assert 'train_step' in page.text and 'the report' not in page.text.lower() and '52.24' not in page.text
+    assert {p.name for p in (tmp_path/'figures').iterdir()} == {
+        f'lr{lr}.{kind}' for lr in ('0.005', '0.02') for kind in ('png', 'svg')}
+
+
+def test_a_folder_of_something_else_is_kept_apart(small, tmp_path):
+    "The page has this call's runs only, and figures of others are gone; their runs stay"
+    more = dict(out=tmp_path, epochs=1, device='cpu', workers=1, progress=False)
+    reproduce(small, (.005, .02), **more)
+    other = dataclasses.replace(small, y_train=small.y_train.flip(0))
+    page = Page(reproduce(other, (.005,), **more).read_text(encoding='utf-8'))
+    runs = load_runs(tmp_path/'runs')
+    assert len(runs) == 3 and len({r['data']['sha256'] for r in runs}) == 2
+    assert [r['weights_sha256'][:12] in page.text for r in runs] == [r['data']['sha256'] == other.sha256 for r in runs]
+    assert {p.name for p in (tmp_path/'figures').iterdir()} == {'a-lr0.005.png', 'a-lr0.005.svg'}
+
+
+def test_settings_are_passed_on(small, tmp_path):
+    reproduce(small, (.005,), out=tmp_path, epochs=1, bs=50, momentum=.5, reading='no gate', device='cpu', workers=1)
+    config = load_runs(tmp_path/'runs')[0]['config']
+    assert (config['bs'], config['momentum'], config['reading']) == (50, .5, 'no gate')
+    text = Page((tmp_path/'index.html').read_text(encoding='utf-8')).text
+    assert 'momentum: 0.5 instead of 0.9' in text and 'reading: no gate instead of gate' in text
 
 
 # Bad input
@@ -239,7 +349,8 @@ def refused(good, capfd, *args):
         cifar_report(['--data', 'small.npz', '--epochs', '2', '--device', 'cpu', *args])
     out, err = capfd.readouterr()
     assert e.value.code == 2 and out == ''
-    assert err.startswith('cifar_report: ') and err.endswith('\n') and len(err.splitlines()) in (1, 2), err
+    *before_it, line = err.splitlines()             # what is going to be done, if it was begun
+    assert line.startswith('cifar_report: ') and err.endswith('\n') and len(before_it) < 2, err
     assert hashes(good[0]) == before and {p for p in good[0].rglob('*') if p.is_dir()} == folders
     return err
 
@@ -284,8 +395,8 @@ def test_a_loss_that_is_not_finite_ends_one_run_only(good, capfd, monkeypatch):
     with pytest.raises(SystemExit) as e:
         cifar_report('--data small.npz --lrs 1e30 0.02 --epochs 2 --device cpu --workers 1'.split())
     err = capfd.readouterr().err
-    assert e.value.code == 2 and err.startswith('cifar_report: 1 of 2 runs failed')
-    assert len(err.splitlines()) == 2
+    assert e.value.code == 2 and '\ncifar_report: 1 of 2 runs failed' in err
+    assert len(err.splitlines()) == 4                   # what will be done, the good run, and the error
     assert 'epoch 1, step' in err and '1e+30' in err
     after = hashes(good[0])
     assert {k: after.get(k) for k in before} == before
@@ -293,7 +404,6 @@ def test_a_loss_that_is_not_finite_ends_one_run_only(good, capfd, monkeypatch):
 
 
 def test_a_damaged_run_is_named(good, capfd, monkeypatch, tmp_path):
-    import shutil
     shutil.copytree(good[0], tmp_path/'copy')
     run = next((tmp_path/'copy'/'report'/'runs').glob('*.json'))
     run.write_bytes(run.read_bytes()[:100])
@@ -323,10 +433,10 @@ def test_typed_exceptions(small, tmp_path, error, call):
     assert str(e.value)
 
 
-@pytest.mark.parametrize('other', [dict(branches=3), dict(reading='no gate'), dict(reading='two heads'),
-                                   dict(classes=100), dict(kernel_size=3)])
+@pytest.mark.parametrize('other', [dict(branches=3), 'no gate', 'two heads', dict(classes=100), dict(kernel_size=3)])
 def test_weights_of_another_model_are_refused(tmp_path, other):
-    save_weights(ImageClassifier(**other), tmp_path/'other.safetensors')
+    net = READINGS[other]() if isinstance(other, str) else ImageClassifier(**other)
+    save_weights(net, tmp_path/'other.safetensors')
     model = ImageClassifier(seed=0)
     before = weights_sha256(model)
     with pytest.raises(ValueError, match='another model'): load_weights(model, tmp_path/'other.safetensors')
@@ -358,6 +468,9 @@ def test_an_interrupt_keeps_what_is_finished(tmp_path, kill):
     kill(process.pid, signal.SIGINT)
     out, err = process.communicate()
     assert process.returncode == 130, err
-    assert 'interrupted' in err and 'Traceback' not in err and len(err.splitlines()) == 1 and out == ''
-    assert finished[0].exists() and 1 <= len(load_runs(tmp_path/'report'/'runs')) < 4
+    runs = len(load_runs(tmp_path/'report'/'runs'))
+    assert finished[0].exists() and 1 <= runs < 4
+    last = err.splitlines()[-1]
+    assert last.startswith(f'cifar_report: interrupted. {runs} of 4 runs finished') and 'Traceback' not in err
+    assert len(err.splitlines()) == runs + 2 and out == ''
     assert not (tmp_path/'report'/'index.html').exists()

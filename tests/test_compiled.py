@@ -1,30 +1,19 @@
-"""The gradient by hand is used where it may be, and nobody can tell"""
-import math
+"""The compiled step does what `train_step` does, or says in one line why not; and nothing can stop it"""
+import functools, io, math, os, subprocess, sys, threading, warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from cifar_nbdev.data import dataloaders
-from cifar_nbdev.gradient import Threads, compiled, logits_by_hand, loss_and_gradient
-from cifar_nbdev.model import READINGS, ImageClassifier
-from cifar_nbdev.train import fit, weights_sha256
-
-
-def trained(model, data, by_autograd=False, wrap=lambda dl: dl):
-    "The model after two epochs of `fit`; in another module it is not recognised"
-    train, test = dataloaders(data)
-    fit(nn.Sequential(model) if by_autograd else model, (wrap(train), test), 2, device='cpu', progress=False)
-    return model
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    "Counts calls of `loss_and_gradient`"
-    from cifar_nbdev import train
-    found, original = [], train.loss_and_gradient
-    monkeypatch.setattr(train, 'loss_and_gradient', lambda *args: (found.append(1), original(*args))[1])
-    return found
+from cifar_nbdev import compiled, machine
+from cifar_nbdev.compiled import available, compiled_step, why_not
+from cifar_nbdev.machine import machine_code, one_thread, parts, run_parts
+from cifar_nbdev.model import ImageClassifier
+from cifar_nbdev.readings import READINGS
+from cifar_nbdev.train import train_step
+from conftest import clean_env, python
 
 
 @pytest.fixture(params=[1, 2])
@@ -36,84 +25,391 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-def test_fit_by_hand_is_as_near_to_float64_as_autograd(small, calls, threads):
-    class Double(nn.Module):
-        "A model that computes in float64"
-        def __init__(self, model):
-            super().__init__()
-            self.model = model.double()
-        def forward(self, x): return self.model(x.double())
-    by_hand, by_autograd = (trained(ImageClassifier(seed=0), small, b) for b in (False, True))
-    exact = trained(Double(ImageClassifier(seed=0)), small)
-    assert len(calls) == 2 * len(dataloaders(small).train)
-    assert weights_sha256(by_hand) != weights_sha256(by_autograd)
-    for model in (by_hand, by_autograd):
-        for p, q in zip(model.parameters(), exact.parameters()):
-            torch.testing.assert_close(p.double(), q, atol=1e-6, rtol=0)
+def batches(data, bs=128, dtype=torch.float32):
+    return [((x.float() / 255).to(dtype), y) for x, y in zip(data.x_train.split(bs), data.y_train.split(bs))]
 
 
-def test_the_same_threads_give_the_same_bits_and_are_given_back(small, threads):
-    first, second = (trained(ImageClassifier(seed=0), small) for _ in range(2))
-    assert weights_sha256(first) == weights_sha256(second)
-    assert torch.get_num_threads() == threads
-    with pytest.raises(IndexError): trained(ImageClassifier(classes=3, seed=0), small)
-    assert torch.get_num_threads() == threads
+def weights(model): return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize('n', [1, 7, 50, 128])
+def sgd(model, lr=.01): return torch.optim.SGD(model.parameters(), lr=lr, momentum=.9, weight_decay=5e-4)
+
+
+def trained(step, batches, epochs=2, seed=0, model=None, around=False):
+    "All weights after some epochs"
+    model = ImageClassifier(seed=seed) if model is None else model
+    opt = sgd(model)
+    for _ in range(epochs):
+        with step.around() if around else one_thread():
+            for xb, yb in batches: step(model, opt, xb, yb)
+    return weights(model)
+
+
+# ---- what it computes
+
+def test_training_is_as_near_to_float64_as_autograd(small, threads):
+    exact = trained(train_step, batches(small, dtype=torch.float64), model=ImageClassifier(seed=0).double())
+    found = [trained(step, batches(small)) for step in (compiled_step, train_step)]
+    assert not torch.equal(*found)
+    for w in found: torch.testing.assert_close(w.double(), exact, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize('n', [1, 7, 8, 50, 128])
 def test_any_number_of_images_has_its_gradient(small, n, threads):
-    x, y, model = small.x_train[:n].float() / 255, small.y_train[:n], ImageClassifier(seed=0)
-    with Threads() as t:
-        loss, logits = loss_and_gradient(model, x, y, t)
-        assert torch.equal(logits, logits_by_hand(model, x, t))
-    found = [p.grad for p in model.parameters()]
-    model.zero_grad()
-    wanted = torch.nn.functional.cross_entropy(model(x), y)
-    wanted.backward()
-    torch.testing.assert_close(loss, wanted.detach(), atol=1e-6, rtol=0)
-    torch.testing.assert_close(logits, model(x).detach(), atol=1e-6, rtol=0)
-    for p, grad in zip(model.parameters(), found): torch.testing.assert_close(grad, p.grad, atol=1e-6, rtol=1e-4)
+    (xb, yb), models = batches(small, n)[0], [ImageClassifier(seed=0) for _ in range(2)]
+    (loss, logits), wanted = (step(m, sgd(m), xb, yb) for m, step in zip(models, (compiled_step, train_step)))
+    assert loss.shape == () and not loss.requires_grad and not logits.requires_grad
+    torch.testing.assert_close(loss, wanted[0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(logits, wanted[1], atol=1e-6, rtol=0)
+    for p, q in zip(*(m.parameters() for m in models)):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(p, q, atol=1e-7, rtol=1e-5)
 
 
 @pytest.mark.parametrize('where', ['weights', 'images'])
 @pytest.mark.parametrize('value', [math.nan, math.inf])
 def test_what_is_not_finite_is_not_hidden(small, where, value):
-    x, model = small.x_train[:32].float() / 255, ImageClassifier(seed=0)
-    with torch.no_grad(): (x if where == 'images' else model.conv.weight)[3, 0, 2, 2] = value
-    with Threads() as threads: loss, logits = loss_and_gradient(model, x, small.y_train[:32], threads)
-    assert not loss.isfinite()
-    assert torch.equal(logits.isfinite().all(1), model(x).isfinite().all(1))
+    (xb, yb), model = batches(small, 32)[0], ImageClassifier(seed=0)
+    with torch.no_grad(): (xb if where == 'images' else model.conv.weight)[3, 0, 2, 2] = value
+    wanted = model(xb).isfinite().all(1)
+    loss, logits = compiled_step(model, sgd(model), xb, yb)
+    assert not loss.isfinite() and torch.equal(logits.isfinite().all(1), wanted)
 
 
-def test_code_that_cannot_be_kept_on_disk_iscompiled_all_the_same():
-    names = {}
-    exec('def twice(x): return 2 * x', names)           # from no file, so there is nothing to keep it beside
-    assert compiled(names['twice'])(3) == 6
+@pytest.mark.parametrize('value', [1e8, -1e30, 3e38])
+def test_equal_logits_far_from_zero_have_loss_log_10(small, value):
+    model, (xb, yb) = ImageClassifier(seed=0), batches(small)[0]
+    with torch.no_grad(): model.fc.weight.zero_(); model.fc.bias.fill_(value)
+    loss, logits = compiled_step(model, sgd(model), xb, yb)
+    assert abs(loss.item() - math.log(10)) < 1e-5 and (logits == torch.tensor(value)).all()
+    assert model.fc.bias.grad.abs().max() < 1
 
 
-@pytest.mark.parametrize('reading', READINGS)
-def test_other_readings_are_left_to_autograd(small, calls, reading):
-    trained(ImageClassifier(reading=reading, seed=0), small)
-    assert bool(calls) == (reading == 'gate')
-
-
-def test_hooks_see_every_step_from_the_epoch_after(small, calls):
-    model, seen, train = ImageClassifier(seed=0), [], dataloaders(small).train
-    def watch(model, history):
-        if len(history) == 1: model.fc.register_full_backward_hook(lambda *args: seen.append(1))
-    fit(model, dataloaders(small), 3, device='cpu', progress=False, callbacks=[watch])
-    assert len(calls) == len(train) and len(seen) == 2 * len(train)
-
-
-@pytest.mark.parametrize('what', ['weights', 'images'])
+@pytest.mark.parametrize('what', ['weights', 'images', 'labels'])
 def test_another_order_in_memory_is_no_matter(small, what):
-    class Last:
-        "A loader of images in channels_last order"
-        def __init__(self, dl): self.dl, self.sampler = dl, dl.sampler
-        def __len__(self): return len(self.dl)
-        def __iter__(self): return ((x.to(memory_format=torch.channels_last), y) for x, y in self.dl)
+    model, plain = ImageClassifier(seed=0), trained(compiled_step, batches(small))
+    def turned(t): return t.repeat_interleave(2)[::2] if t.ndim == 1 else t.to(memory_format=torch.channels_last)
+    if what == 'weights': model.to(memory_format=torch.channels_last)
+    found = [(turned(x) if what == 'images' else x, turned(y) if what == 'labels' else y)
+             for x, y in batches(small)]
+    assert torch.equal(plain, trained(compiled_step, found, model=model))
 
-    plain, model = trained(ImageClassifier(seed=0), small), ImageClassifier(seed=0)
-    if what == 'weights': trained(model.to(memory_format=torch.channels_last), small)
-    else: trained(model, small, wrap=Last)
-    for p, q in zip(plain.parameters(), model.parameters()): torch.testing.assert_close(p, q, atol=1e-6, rtol=0)
+
+def test_the_default_dtype_of_the_session_is_no_matter(small):
+    plain = trained(compiled_step, batches(small))
+    torch.set_default_dtype(torch.float64)
+    try: assert torch.equal(plain, trained(compiled_step, batches(small), model=ImageClassifier(seed=0).float())) \
+            or weights(ImageClassifier(seed=0).float()).ne(weights(ImageClassifier(seed=0))).any()
+    finally: torch.set_default_dtype(torch.float32)
+
+
+# ---- what it refuses
+
+def replace(owner, name, value): return lambda m: setattr(owner(m), name, value)
+
+REFUSED = {
+    'subclass': (lambda m: setattr(m, '__class__', READINGS['no gate']), 'wanted an ImageClassifier'),
+    'dilation': (lambda m: setattr(m, 'conv', nn.Conv2d(3, 12, 5, dilation=2)), 'dilation=(2, 2)'),
+    'padding': (lambda m: setattr(m.conv, 'padding', (1, 1)), 'padding=(1, 1)'),
+    'no bias': (lambda m: setattr(m, 'fc', nn.Linear(4704, 10, bias=False)), 'no bias'),
+    'head of two': (lambda m: setattr(m, 'fc', nn.Sequential(m.fc)), 'fc Sequential'),
+    'no layer': (lambda m: setattr(m, 'gate', None), 'its layers are'),
+    'kernels': (lambda m: setattr(m.conv, 'weight', nn.Parameter(torch.zeros(12, 3, 3, 3))), 'wanted [(12, 3, 5, 5)'),
+    'frozen': (lambda m: m.fc.requires_grad_(False), 'frozen'),
+    'float64': (lambda m: m.double(), 'float64'),
+    'elsewhere': (lambda m: m.to('meta'), 'on meta'),
+    'shared': (lambda m: setattr(m.gate, 'bias', nn.Parameter(torch.zeros(2))) or
+               setattr(m, 'fc', nn.Linear(4704, 2)) or setattr(m.fc, 'bias', m.gate.bias), 'share'),
+    'forward hook': (lambda m: m.fc.register_forward_hook(print), 'Linear has a hook'),
+    'backward hook': (lambda m: m.register_full_backward_hook(print), 'ImageClassifier has a hook'),
+    'parameter hook': (lambda m: m.fc.weight.register_hook(print), 'has a hook'),
+    'after-gradient hook': (lambda m: m.conv.bias.register_post_accumulate_grad_hook(print), 'has a hook'),
+    'its forward': (lambda m: setattr(m, 'forward', lambda x: m.fc(x)), 'forward of this ImageClassifier'),
+    'a layer\'s forward': (lambda m: setattr(m.fc, 'forward', lambda h: 3 * h), 'forward of this Linear'),
+    'its gates': (lambda m: setattr(m, 'gates', lambda x: x), 'gates of this ImageClassifier')}
+
+
+@pytest.mark.parametrize('what', REFUSED)
+def test_a_model_that_is_not_as_built_is_refused_in_one_line(small, what):
+    model, (change, words) = ImageClassifier(seed=0), REFUSED[what]
+    opt = sgd(model)
+    change(model)
+    assert words in why_not(model)
+    with pytest.raises(ValueError) as e: compiled_step(model, opt, *batches(small)[0])
+    assert words in str(e.value) and 'step=train_step' in str(e.value) and len(str(e.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize('model', [nn.Sequential(ImageClassifier(seed=0)), ImageClassifier(channels=5),
+                                   ImageClassifier(kernel_size=3), *(c(seed=0) for c in READINGS.values())])
+def test_other_models_are_refused(model):
+    assert bool(why_not(model)) == (type(model) is not ImageClassifier or model.conv.kernel_size == (3, 3)
+                                    or model.conv.out_channels == 10)
+
+
+@pytest.mark.parametrize('sizes', [{}, dict(branches=1, channels=18, classes=7), dict(branches=6, channels=1)])
+def test_the_sizes_that_it_takes(sizes): assert why_not(ImageClassifier(**sizes)) == ''
+
+
+def patched(old): return functools.wraps(old)(lambda *args, **kwargs: old(*args, **kwargs))
+
+@pytest.mark.parametrize('owner, name', [(ImageClassifier, 'forward'), (ImageClassifier, 'gates'),
+                                         (ImageClassifier, '__call__'), (nn.Module, '__call__'), (nn.Linear, 'forward'),
+                                         (nn.Conv2d, '_conv_forward'), (F, 'cross_entropy'), (F, 'relu')])
+def test_a_class_or_function_that_was_replaced_is_noticed(monkeypatch, owner, name):
+    old = getattr(owner, name)
+    for new in (patched(old), functools.partial(old)):
+        monkeypatch.setattr(owner, name, new)
+        assert f'{name} has been replaced' in why_not(ImageClassifier(seed=0))
+    monkeypatch.setattr(owner, name, old)
+    assert not why_not(ImageClassifier(seed=0))
+
+
+def test_a_class_that_was_replaced_before_the_import_is_noticed(tmp_path):
+    code = '''if True:
+        from fastcore.basics import patch
+        from cifar_nbdev.model import ImageClassifier
+        @patch
+        def gates(self: ImageClassifier, x): return x.new_ones(len(x), 2)
+        from cifar_nbdev.compiled import why_not
+        print(why_not(ImageClassifier(seed=0)))'''
+    assert python(code, cwd=tmp_path).stdout.strip() == 'ImageClassifier.gates has been replaced'
+
+
+def test_modes_and_hooks_of_all_modules_are_noticed():
+    model = ImageClassifier(seed=0)
+    with torch.autocast('cpu'): assert why_not(model) == 'autocast is on'
+    hook = nn.modules.module.register_module_forward_hook(lambda *args: None)
+    try: assert why_not(model) == 'all modules have a hook'
+    finally: hook.remove()
+    assert why_not(model) == ''
+
+
+def test_looking_costs_little():
+    import timeit
+    model = ImageClassifier(seed=0)
+    assert min(timeit.repeat(lambda: why_not(model), number=100, repeat=5)) / 100 < 2e-4       # mostly 25 us
+
+
+@pytest.mark.parametrize('change, kind, words', [
+    (lambda x, y: (x[:, :1], y), ValueError, '(B, 3, 32, 32)'),
+    (lambda x, y: (x[0], y), ValueError, '(B, 3, 32, 32)'),
+    (lambda x, y: (x[:0], y[:0]), ValueError, 'B at least 1'),
+    (lambda x, y: (x.double(), y), ValueError, 'wanted float32'),
+    (lambda x, y: (x.to('meta'), y), ValueError, 'on meta'),
+    (lambda x, y: (x.requires_grad_(), y), ValueError, 'no gradient'),
+    (lambda x, y: (x, y[1:]), ValueError, 'wanted int64 (128,)'),
+    (lambda x, y: (x, y[:, None]), ValueError, 'wanted int64 (128,)'),
+    (lambda x, y: (x, y.float()), ValueError, 'labels are torch.float32'),
+    (lambda x, y: (x, y + 1), IndexError, 'wanted 0 to 9'),
+    (lambda x, y: (x, y - 100), IndexError, 'labels go from -100 to')])
+def test_batches_that_it_cannot_take(small, change, kind, words):
+    model = ImageClassifier(seed=0)
+    before, threads = weights(model), torch.get_num_threads()
+    with pytest.raises(kind) as e: compiled_step(model, sgd(model), *change(*batches(small)[0]))
+    assert words in str(e.value) and len(str(e.value).splitlines()) == 1
+    assert torch.equal(weights(model), before) and torch.get_num_threads() == threads
+
+
+# ---- threads
+
+def test_the_number_of_threads_does_not_change_the_bits(small):
+    before, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3, 9):
+            torch.set_num_threads(n)
+            found += [trained(compiled_step, batches(small), around=True), trained(compiled_step, batches(small))]
+            assert torch.get_num_threads() == n
+    finally: torch.set_num_threads(before)
+    assert all(torch.equal(found[0], f) for f in found)
+
+
+def test_it_works_on_as_many_threads_as_pytorch_has(monkeypatch):
+    before, seen = torch.get_num_threads(), {}
+    monkeypatch.setattr(machine, 'machine_code', lambda f, *args: f)
+    def note(part, start, stop): seen.setdefault(threading.get_ident(), []).append(part); barrier.wait(20)
+    try:
+        for n in (1, 2, 4):
+            torch.set_num_threads(n)
+            for held in (False, True):
+                seen.clear(); barrier = threading.Barrier(n)         # passes only if there are n at once
+                with one_thread() if held else warnings.catch_warnings(): run_parts(note, 8)
+                assert len(seen) == n and sorted(sum(seen.values(), [])) == list(range(8))
+    finally: torch.set_num_threads(before)
+
+
+def test_an_error_in_a_part_comes_out(monkeypatch, threads):
+    monkeypatch.setattr(machine, 'machine_code', lambda f, *args: f)
+    def bad(part, start, stop):
+        if part == 7: raise MemoryError('no room')
+    with pytest.raises(MemoryError, match='no room'): run_parts(bad, 8)
+
+
+def test_parts_cover_a_batch():
+    for n in (1, 2, 7, 8, 9, 80, 128):
+        cuts = parts(n)
+        assert len(cuts) == min(n, 8) and [c[1] for c in cuts[1:]] == [c[2] for c in cuts[:-1]]
+        assert cuts[0][1] == 0 and cuts[-1][2] == n and all(b > a for _, a, b in cuts)
+
+
+def test_two_trainings_at_once_get_the_bits_that_each_gets_alone(small, threads):
+    def run(seed): return trained(compiled_step, batches(small), 4, seed, around=True), torch.get_num_threads()
+    alone = [run(seed) for seed in (0, 1)]
+    with ThreadPoolExecutor(2) as pool: both = list(pool.map(run, (0, 1, 0, 1)))
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(alone * 2, both))
+    assert torch.get_num_threads() == threads and len({n for _, n in both}) == 1
+
+
+def test_the_limit_is_for_one_thread_alone_and_ends_with_an_error(small, threads):
+    def elsewhere(): return threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    found, model = [], ImageClassifier(seed=0)
+    for inside in (False, True):
+        with one_thread() if inside else warnings.catch_warnings():
+            assert torch.get_num_threads() == (1 if inside else threads)
+            t = elsewhere(); t.start(); t.join()
+    assert found[0] == found[1]
+    with pytest.raises(ZeroDivisionError):
+        with compiled_step.around(): compiled_step(model, sgd(model), *batches(small)[0]); 1 / 0
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork here')
+def test_a_forked_process_starts_threads_of_its_own(tmp_path):
+    code = '''if True:
+        import os, torch
+        from cifar_nbdev.compiled import compiled_step
+        from cifar_nbdev.model import ImageClassifier
+        torch.set_num_threads(2)
+        def go():
+            model = ImageClassifier(seed=0)
+            return compiled_step(model, torch.optim.SGD(model.parameters(), lr=.1), torch.ones(16, 3, 32, 32),
+                                 torch.arange(16) % 10)[0].item()
+        loss = go()
+        pid = os.fork()
+        if not pid: os._exit(0 if go() == loss else 3)
+        print(os.waitpid(pid, 0)[1])'''
+    assert python(code, cwd=tmp_path).stdout.strip() == '0'
+
+
+# ---- the compiler and its cache, each time in new processes
+
+STEPS = '''if True:
+    import hashlib, sys, torch
+    from cifar_nbdev.compiled import available, compiled_step
+    from cifar_nbdev.model import ImageClassifier
+    model = ImageClassifier(seed=0)
+    opt = torch.optim.SGD(model.parameters(), lr=.1, momentum=.9)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        compiled_step(model, opt, torch.rand(64, 3, 32, 32, generator=g), torch.randint(10, (64,), generator=g))
+    h = hashlib.sha256(b''.join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
+    print(h, available())
+'''
+
+def bits(folder, code=STEPS, **env):
+    "What the steps print, and the lines that the package wrote on standard error"
+    r = python(code, cwd=folder, NUMBA_CACHE_DIR=folder / 'cache', **env)
+    assert r.returncode == 0, r.stderr
+    said = [line for line in r.stderr.splitlines() if 'cifar_nbdev: ' in line or 'RuntimeWarning' in line]
+    return r.stdout.strip(), said
+
+
+@pytest.fixture(scope='module')
+def cold(tmp_path_factory):
+    "A cache folder that a first process filled, the bits that this process got, and what it said"
+    folder = tmp_path_factory.mktemp('cold')
+    return folder, *bits(folder)
+
+
+def files(folder): return sorted((folder / 'cache').rglob('*.nb?'))
+
+
+def test_a_cold_and_a_warm_cache_give_the_same_bits(cold):
+    folder, out, said = cold
+    assert out.endswith('True') and len(files(folder)) == 2
+    assert len(said) == 1 and str(files(folder)[0].parent) in said[0] and 'for the next time' in said[0]
+    for n in (1, 2): assert bits(folder, OMP_NUM_THREADS=n) == (out, [])
+
+
+@pytest.mark.parametrize('damage', ['cut', 'empty', 'index', 'garbage'])
+def test_a_damaged_cache_is_said_in_one_line_and_made_anew(cold, tmp_path, damage):
+    folder, out, _ = cold
+    (tmp_path / 'cache').mkdir()
+    for f in files(folder):
+        copy = tmp_path / f.relative_to(folder)
+        copy.parent.mkdir(exist_ok=True)
+        data = f.read_bytes()
+        if damage != 'index' or f.suffix == '.nbi':
+            data = {'cut': data[:20], 'empty': b'', 'index': data[:-5], 'garbage': b'not a pickle'}[damage]
+        copy.write_bytes(data)
+    found, said = bits(tmp_path)
+    assert found == out
+    said = [line for line in said if 'RuntimeWarning' in line]
+    assert len(said) == 1 and str(tmp_path / 'cache') in said[0] and 'forward_backward' in said[0]
+    assert not files(tmp_path)
+
+
+def test_a_cache_that_cannot_be_written_is_said_in_one_line(cold, tmp_path):
+    full = '''if True:
+        from numba.core.caching import IndexDataCacheFile
+        def save(*args): raise OSError(28, 'No space left on device')
+        IndexDataCacheFile.save = save
+    '''
+    found, said = bits(tmp_path, full + STEPS[len('if True:'):])
+    assert found == cold[1]
+    said = [line for line in said if 'RuntimeWarning' in line]
+    assert len(said) == 1 and 'No space left' in said[0] and str(tmp_path / 'cache') in said[0]
+
+
+def test_no_folder_for_a_cache_at_all(monkeypatch):
+    from numba.core.caching import CacheImpl
+    monkeypatch.setattr(CacheImpl, '_locator_classes', [])
+    with pytest.warns(RuntimeWarning) as said: assert machine_code(doubled, one := torch.ones(1).numpy())
+    assert len(said) == 1 and 'no locator' in str(said[0].message) and len(str(said[0].message).splitlines()) == 1
+    machine_code(doubled)(0, 0, 1, one)
+    assert one == 2
+
+def doubled(part, start, stop, x):
+    for i in range(start, stop): x[i] *= 2
+
+
+def test_without_a_compiler_it_is_the_plain_step_and_one_line_says_so(small, monkeypatch, threads):
+    def njit(**options): raise ImportError('LLVM is not here\nand more')
+    monkeypatch.setattr(machine.numba, 'njit', njit)
+    monkeypatch.setattr(machine, '_made', {})
+    with pytest.warns(RuntimeWarning) as said: found = trained(compiled_step, batches(small), around=True)
+    line, = (str(w.message) for w in said)
+    assert 'forward_backward' in line and 'ImportError: LLVM is not here' in line and len(line.splitlines()) == 1
+    assert not available()
+    with compiled_step.around(): assert torch.get_num_threads() == threads
+    plain = ImageClassifier(seed=0)
+    assert torch.equal(found, trained_plainly(plain, batches(small)))
+
+
+def trained_plainly(model, batches):
+    opt = sgd(model)
+    for _ in range(2):
+        for xb, yb in batches: train_step(model, opt, xb, yb)
+    return weights(model)
+
+
+def test_no_standard_error_and_no_jit(cold, tmp_path):
+    closed = bits(tmp_path, STEPS.replace('import hashlib', 'import sys; sys.stderr = None; import hashlib'))
+    assert closed == (cold[1], [])
+    found, said = bits(tmp_path, NUMBA_DISABLE_JIT=1)
+    assert found.endswith('False') and len(said) == 1 and 'NUMBA_DISABLE_JIT' in said[0]
+
+
+def test_several_processes_may_compile_at_once(cold, tmp_path):
+    env = clean_env(NUMBA_CACHE_DIR=tmp_path / 'cache', OMP_NUM_THREADS=1)
+    running = [subprocess.Popen([sys.executable, '-W', 'error', '-c', STEPS], cwd=tmp_path, env=env, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for _ in range(3)]
+    assert [p.communicate()[0].strip() for p in running] == [cold[1]] * 3
+    assert bits(tmp_path) == (cold[1], [])
+
+
+def test_several_threads_may_ask_at_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(machine, '_made', {})
+    monkeypatch.setattr(machine, '_compile', lambda f, args: (calls.append(f) or f, ''))
+    with ThreadPoolExecutor(4) as pool: assert all(pool.map(lambda _: available(), range(8)))
+    assert calls == [compiled.forward_backward]

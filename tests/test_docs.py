@@ -1,7 +1,5 @@
-"""The site's builder: from Quarto to MyST, the README, and the check of stored outputs against the code"""
-import sys
-from pathlib import Path
-from types import SimpleNamespace
+"""The site's builder: from Quarto to MyST, the floors of the sidebar, and the README"""
+import re, subprocess, sys
 
 import nbformat
 import pytest
@@ -11,20 +9,39 @@ from conftest import ROOT
 
 pytest.importorskip('sphinx', reason='the site needs the doc extra: make docs installs it')
 sys.path.insert(0, str(ROOT/'docs'))
-import build, execute, readme, translate                # noqa: E402
+import build, readme, translate
 
 HOST = 'https://cifar-nbdev.github.io/cifar_nbdev'
-
-
-@pytest.fixture(scope='module')
-def translator():
-    "For the library as it is"
-    return translate.Translator(build.settings(), ROOT/'cifar_nbdev')
+BLOB = 'https://github.com/cifar-nbdev/cifar_nbdev/blob/main'
+FIT = 'def fit(model): pass\n\ndef _share(): pass'
+KERNEL = {'name': 'python3', 'display_name': 'Python 3', 'language': 'python'}
+HISTORY = 'class History: pass\n\ndef history(): pass'
 
 
 def code(*lines, outputs=()):
     "A code cell with these lines"
     return new_code_cell('\n'.join(lines), outputs=list(outputs))
+
+
+def page(name, *cells, title='Title'):
+    "A page as build.py makes it, of a notebook with these cells"
+    nb = new_notebook(cells=[new_raw_cell(f'---\ntitle: {title}\ndescription: Text\n---'), *cells],
+                      metadata={'kernelspec': KERNEL})
+    return translate.Page(nb, ROOT/'nbs'/f'{name}.ipynb')
+
+
+@pytest.fixture
+def train():
+    "A page that defines `fit`, and two names that differ by their case only"
+    return page('02_train', code('#| default_exp train'), code('#| exports', FIT),
+                code('#| export', 'def unseen(): pass'), code('#| exports', '#| code-fold: true', HISTORY),
+                new_markdown_cell('## Fit\n\n`fit` fits.'))
+
+
+@pytest.fixture
+def translator(train):
+    "For that page and another"
+    return translate.Translator(build.settings(), ROOT, [train, page('00_data')])
 
 
 def stream(text): return new_output('stream', name='stdout', text=text)
@@ -35,7 +52,18 @@ def stream(text): return new_output('stream', name='stdout', text=text)
 @pytest.mark.parametrize('quarto, myst', [
     ('::: {.callout-note}\nText\n:::', ':::{note}\nText\n:::'),
     ('::: {.callout-warning title="Slow"}\nText\n:::', ':::{admonition} Slow\n:class: warning\nText\n:::'),
-    ('[`fit`](https://cifar-nbdev.github.io/cifar_nbdev/train.html#fit)', '[`fit`](train.ipynb#fit)'),
+    ('[`fit`](https://cifar-nbdev.github.io/cifar_nbdev/train.html#fit)', '[`fit`](#cifar_nbdev.train.fit)'),
+    ('[the loop](train.html#fit)', '[the loop](#cifar_nbdev.train.fit)'),
+    ('[`history`](train.html#history)', '[`history`](#cifar_nbdev.train.history)'),
+    ('[`History`](train.html#history)', '[`History`](#cifar_nbdev.train.History)'),
+    ('[why](02_train.ipynb#stage-2)', '[why](train.ipynb#stage-2)'),
+    ('`fit`, `fit()`, `train.fit`', '[`fit`](#cifar_nbdev.train.fit), [`fit()`](#cifar_nbdev.train.fit), '
+                                    '[`train.fit`](#cifar_nbdev.train.fit)'),
+    ('`unseen` `_share` ``fit`` `fit(x)`', '`unseen` `_share` ``fit`` `fit(x)`'),
+    ('## How `fit` works', '## How `fit` works'), ('```python\n`fit`\n```', '```python\n`fit`\n```'),
+    ('[see `fit`](https://example.org)', '[see `fit`](https://example.org)'),
+    ('[how](../CONTRIBUTING.md)', f'[how]({BLOB}/CONTRIBUTING.md)'),
+    ('[a run](results/a.json)', f'[a run]({BLOB}/nbs/results/a.json)'),
     ('[Data](data.html)', '[Data](data.ipynb)'), ('[Data](00_data.ipynb)', '[Data](data.ipynb)'),
     ('[home](https://example.org/data.html)', '[home](https://example.org/data.html)'),
     ('see @fig-curves.', 'see {numref}`fig-curves`.'), ('mail a@fig-tree.org', 'mail a@fig-tree.org'),
@@ -53,48 +81,80 @@ def test_options_are_cut_off_and_read():
 
 
 def test_a_figure_has_its_label_caption_and_alt_text(translator):
-    cell = translator.cell(code('#| label: fig-a', '#| fig-cap: Caption', '#| fig-alt: Alt',
-                                '#| echo: false', 'plot()'))
+    cell, = translator.cell(code('#| label: fig-a', '#| fig-cap: Caption', '#| fig-alt: Alt',
+                                 '#| echo: false', 'plot()'))
     assert cell.metadata.mystnb == {'figure': {'name': 'fig-a', 'caption': 'Caption'},
                                     'image': {'alt': 'Alt'}}
     assert cell.metadata.tags == ['remove-input']
 
 
-@pytest.mark.parametrize('cell', [new_raw_cell('---\ntitle: x\n---'), code('#| include: false', 'x = 1'),
-                                  new_markdown_cell('<!-- WARNING: made -->')])
+@pytest.mark.parametrize('cell', [
+    new_raw_cell('---\ntitle: x\n---'), code('#| include: false', 'x = 1'), code('#| hide', 'x = 1'),
+    code('#| export', 'import re'), code('#|exporti', 'x = 1'), code('#| default_exp train')])
 def test_hidden_cells_are_left_out(translator, cell):
-    assert translator.cell(cell) is None
+    assert translator.cell(cell) == []
 
 
-def test_an_unknown_option_is_an_error(translator):
-    with pytest.raises(ValueError, match='colour'): translator.cell(code('#| colour: red', 'x'))
+@pytest.mark.parametrize('option', ['colour: red', 'eval: false'])
+def test_an_unknown_option_is_an_error(translator, option):
+    with pytest.raises(ValueError, match=option.split(':')[0]): translator.cell(code(f'#| {option}', 'x'))
+
+
+@pytest.mark.parametrize('flag', ['trains', 'data', 'slow', 'cuda'])
+def test_a_flag_is_cut_off(translator, flag):
+    cell, = translator.cell(code(f'#| {flag}', 'x'))
+    assert cell.source == 'x'
 
 
 def test_standard_error_is_left_out(translator):
-    cell = translator.cell(code('x', outputs=[new_output('stream', name='stderr', text='bar'),
-                                              stream('shown')]))
+    bar = new_output('stream', name='stderr', text='bar')
+    cell, = translator.cell(code('x', outputs=[bar, stream('shown')]))
     assert [o.text for o in cell.outputs] == ['shown']
 
 
-def test_an_entry_has_the_signature_with_its_comments(translator):
-    shown = ('---\n\n[source](https://github.com/x/blob/main/cifar_nbdev/train.py#L10)'
-             '{target="_blank" style="float:right"}\n\n'
-             '### fit\n\n```python\n\ndef fit(model):\n\n```\n\n*Train*')
-    cell = translator.cell(code('#| echo: false', '#| output: asis', 'show_doc(fit)',
-                                outputs=[stream(shown)]))
-    assert cell.cell_type == 'markdown' and cell.source.startswith('{#fit .entry}\n### fit\n')
-    assert 'epochs: int = 30,  # Passes over the training images' in cell.source and '*Train*' in cell.source
+def test_an_exported_cell_is_shown_below_the_anchors_of_its_names(translator, train):
+    reserved, title, entry, cell, *_ = translator.notebook(train).cells
+    assert reserved.source == '```{reserve} fit history history-2\n```' and title.source.startswith('# Title')
+    assert entry.source.startswith('```{entry} cifar_nbdev.train.fit=fit\n:source: ' + BLOB)
+    assert re.search(r'/cifar_nbdev/train\.py#L\d+\n', entry.source)
+    assert cell.source == FIT and cell.metadata.tags == []
 
 
-def test_pages_come_in_the_order_of_the_notebooks(translator, tmp_path):
-    for name, title in (('index', 'Home'), ('10_last', 'Last'), ('02b_mid', 'Mid'), ('00_first', 'First')):
-        nb = new_notebook(cells=[new_raw_cell(f'---\ntitle: {title}\n---'), new_markdown_cell('Text')],
-                          metadata={'kernelspec': {'name': 'python3', 'display_name': 'Python 3'}})
-        nbformat.write(nb, tmp_path/f'{name}.ipynb')
-    build.pages(build.settings(), tmp_path, tmp_path/'out')
-    home = nbformat.read(tmp_path/'out'/'index.ipynb', 4)
-    assert home.cells[-1].source.split('\n\n')[1].split() == ['first', 'mid', 'last', '```']
-    assert nbformat.read(tmp_path/'out'/'mid.ipynb', 4).cells[0].source.startswith('# Mid')
+def test_a_folded_cell_is_named_by_what_it_defines(translator, train):
+    entry, cell = translator.notebook(train).cells[4:6]
+    assert entry.source.split('\n')[0].split()[1:] == ['cifar_nbdev.train.History=history',
+                                                       'cifar_nbdev.train.history=history-2']
+    assert cell.source == HISTORY and cell.metadata.tags == ['hide-input']
+    assert cell.metadata.mystnb['code_prompt_show'] == 'History, history'
+    said, = translator.cell(code('#| code-fold: true', '#| code-summary: "How"', 'x'))
+    assert said.metadata.mystnb['code_prompt_show'] == 'How'
+
+
+def test_the_sidebar_lists_the_pages_by_floor(tmp_path):
+    names = ['index', '16_page', '10_files', '07_speed', '04_explore', '03_report', '00_data']
+    for name in names:
+        p = page(name, new_markdown_cell('Text'), title=name.split('_')[-1].title())
+        nbformat.write(p.nb, tmp_path/f'{name}.ipynb')
+    build.write_pages(build.settings(), tmp_path.glob('*.ipynb'), tmp_path/'out')
+    trees = [c.source for c in nbformat.read(tmp_path/'out'/'index.ipynb', 4).cells if 'toctree' in c.source]
+    assert [(t.split(':caption: ')[1].split('\n')[0], t.split('\n\n')[1].split()[:-1]) for t in trees] == [
+        ('The report', ['data', 'report']), ('Beyond it', ['explore', 'speed']),
+        ('Under the hood', ['files', 'page'])]
+    assert nbformat.read(tmp_path/'out'/'files.ipynb', 4).cells[0].source.startswith('# Files')
+
+
+def test_links_reach_functions_also_past_a_heading_of_their_name(tmp_path, train):
+    nbformat.write(train.nb, tmp_path/'02_train.ipynb')
+    text = '# Home\n\n`fit`, [`history`](train.html#history), [T](train.html)'
+    home = page('index', new_markdown_cell(text))
+    nbformat.write(home.nb, tmp_path/'index.ipynb')
+    make = 'import build, pathlib; p = pathlib.Path(r"{0}"); build.build_site(p/"site", p.glob("*.ipynb"))'
+    subprocess.run([sys.executable, '-c', make.format(tmp_path)], cwd=ROOT/'docs', check=True)
+    text = (tmp_path/'site'/'index.html').read_text(encoding='utf-8')
+    for anchor in ('#fit', '#history-2', ''): assert f'href="train.html{anchor}"' in text, anchor
+    text = (tmp_path/'site'/'train.html').read_text(encoding='utf-8')
+    assert re.search(r'<p class="entry" id="fit">\s*<a class="source[^>]*>source</a></p>', text)
+    assert text.count('id="fit"') == 1 and '>class</span>' in text and 'unseen' not in text
 
 
 @pytest.mark.parametrize('body, found', [
@@ -126,65 +186,20 @@ def test_the_readme_shows_what_the_page_shows():
     assert not any(word in text for word in ('secret', 'draw()', 'table()', 'title: x', '#|'))
 
 
+@pytest.mark.parametrize('link, there', [
+    ('[Data](00_data.ipynb)', '[Data](nbs/00_data.ipynb)'),
+    ('[x](02_train.ipynb#fit)', '[x](nbs/02_train.ipynb)'),
+    ('[x](../CONTRIBUTING.md)', '[x](CONTRIBUTING.md)'), ('[x](results/a.json)', '[x](nbs/results/a.json)'),
+    ('[x](https://example.org/a.html)', '[x](https://example.org/a.html)'), ('[x](#part)', '[x](#part)'),
+    ('```\n[x](a.ipynb)\n```', '```\n[x](a.ipynb)\n```')])
+def test_links_of_the_readme_lead_to_files_of_the_repository(link, there):
+    assert readme.repository_links(link) == there
+
+
 def test_the_committed_readme_is_that_of_the_index():
     text, figures = readme.readme(nbformat.read(ROOT/'nbs'/'index.ipynb', 4))
     assert (ROOT/'README.md').read_text(encoding='utf-8') == text
     assert figures and all((ROOT/name).read_bytes() == content for name, content in figures.items())
-
-
-# Stored outputs
-
-PLOT = ('import matplotlib.pyplot as plt\nfig, ax = plt.subplots()\n'
-        'ax.plot([1, 2, 3], [1, 4, {}])\nax.set_title("a");')
-
-@pytest.fixture(scope='module')
-def stored(tmp_path_factory):
-    "A notebook with its outputs, and its path"
-    path = tmp_path_factory.mktemp('nbs')/'a.ipynb'
-    cells = [code('x = 2\nprint("x is", x)'), code(PLOT.format(9)),
-             code('#| eval: false', 'print(1)', outputs=[stream('kept')])]
-    nbformat.write(new_notebook(cells=cells), path)
-    assert execute.run(path, check=False) == []
-    return nbformat.read(path, 4), path
-
-
-def test_outputs_are_stored(stored):
-    nb, path = stored
-    texts = [o.get('text', '') for c in nb.cells for o in c.outputs if o.output_type == 'stream']
-    assert texts == ['x is 2\n', 'kept']
-    assert execute.run(path, check=True) == []
-
-
-@pytest.mark.parametrize('cell, old, new, said', [
-    (0, 'x = 2', 'x = 3', "'x is 2'"), (1, '4', '3', 'line'), (1, '"a"', '"b"', 'axes')])
-def test_a_stale_output_is_found(stored, tmp_path, cell, old, new, said):
-    nb, path = stored[0].copy(), tmp_path/'a.ipynb'
-    nb.cells = [c.copy() for c in nb.cells]
-    nb.cells[cell].source = nb.cells[cell].source.replace(old, new)
-    nbformat.write(nb, path)
-    wrong = execute.run(path, check=True)
-    assert wrong and f'cell {cell}' in wrong[0] and said in wrong[0]
-
-
-@pytest.mark.parametrize('printed, fine', [('"loss 1.35, 23%"', True), ('"loss 1.31, 35%"', False),
-                                           ('"loss 1.31"', False), ('"cost 1.31, 22%"', False)])
-def test_where_training_is_flagged_numbers_may_be_a_little_off(tmp_path, printed, fine):
-    path, flag = tmp_path/'a.ipynb', '#| trains\n'
-    nbformat.write(new_notebook(cells=[code(flag + 'print("loss 1.31, 22%")')]), path)
-    assert execute.run(path, check=False) == []
-    nb = nbformat.read(path, 4)
-    nb.cells[0].source = flag + f'print({printed})'
-    nbformat.write(nb, path)
-    assert (execute.run(path, check=True) == []) == fine
-
-
-def test_a_path_of_this_machine_is_refused(tmp_path):
-    nbformat.write(new_notebook(cells=[code(f'print({str(Path.home()/"x")!r})')]), tmp_path/'a.ipynb')
-    assert any('path of this machine' in w for w in execute.run(tmp_path/'a.ipynb', check=False))
-
-
-def test_a_caption_without_a_figure_is_refused(tmp_path):
-    cells = [code('#| fig-cap: "a"\n' + PLOT.format(9)), code('#| fig-cap: "b"\nprint(1)')]
-    nbformat.write(new_notebook(cells=cells), tmp_path/'a.ipynb')
-    wrong = execute.run(tmp_path/'a.ipynb', check=False)
-    assert wrong == ['a.ipynb, cell 1: has a caption but shows no figure']
+    paths = [m for m in re.findall(r'\]\(([^)#]+)', text) if ':' not in m]
+    assert 'nbs/00_data.ipynb' in paths and not [p for p in paths if not (ROOT/p).is_file()]
+    assert text.count(HOST) == 1, 'the site is named once'

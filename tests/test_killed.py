@@ -1,14 +1,16 @@
 """Processes killed in the middle: what they finished is kept, and going on gives bitwise the same weights"""
 import os, signal, subprocess, sys, time
-from functools import partial
+from dataclasses import replace
 
 import pytest
 import torch
 
-from cifar_nbdev.data import dataloaders, shapes10, whole_file
+from cifar_nbdev.data import dataloaders, shapes10
+from cifar_nbdev.files import atomic_write
 from cifar_nbdev.model import ImageClassifier
-from cifar_nbdev.train import (_work, fit, load_runs, load_weights, run_name, save_run, sweep, train_run,
-                               weights_sha256)
+from cifar_nbdev.runs import (Settings, load_runs, load_weights, run_name, save_run, train_run, weights_sha256)
+from cifar_nbdev.sweep import _Dropped, _Job, _work, sweep
+from cifar_nbdev.train import fit
 from conftest import clean_env, hashes, python
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, 'SIGKILL'), reason='no SIGKILL on this system')
@@ -39,7 +41,8 @@ def half(state, f):
 def in_epoch_3(model, history):
     if len(history) == 2: POINTS[sys.argv[1]]()
 class Deadly:
-    def __init__(self, dl): self.dl, self.sampler, self.left = dl, dl.sampler, None
+    def __init__(self, dl): self.dl, self.left = dl, None
+    def __getattr__(self, name): return getattr(self.dl, name)
     def __len__(self): return len(self.dl)
     def __iter__(self):
         for batch in self.dl:
@@ -109,7 +112,7 @@ def test_a_checkpoint_works_with_any_loader(small, tmp_path):
 
 SWEEP = """
 from cifar_nbdev.data import shapes10
-from cifar_nbdev.train import sweep
+from cifar_nbdev.sweep import sweep
 sweep(shapes10(1000, 100), (.005, .01, .0001), epochs=6, device='cpu', workers=1, out='runs')
 """
 
@@ -138,7 +141,7 @@ def test_a_killed_sweep_goes_on_to_the_same_weights(tmp_path):
     assert {k: hashes(runs)[k] for k in finished} == finished                       # not done again
     assert [r['config']['lr'] for r in again] == [.005, .01, .0001]
     for run in again:
-        alone, _ = train_run(data, run['config']['lr'], epochs=6, device='cpu')
+        alone, _ = train_run(data, Settings(**run['config']), device='cpu')
         assert run['weights_sha256'] == alone['weights_sha256']
         saved = load_weights(ImageClassifier(), runs/f"{run_name(run['config'], data.sha256)}.safetensors")
         assert weights_sha256(saved) == run['weights_sha256']
@@ -165,9 +168,10 @@ def test_a_run_that_went_on_counts_the_time_before(tmp_path):
     data = shapes10(1000, 100)
     def stop(model, history):
         if len(history) == 5: raise KeyboardInterrupt
+    settings = Settings(lr=.01, epochs=6)
     with pytest.raises(KeyboardInterrupt):
-        train_run(data, .01, epochs=6, device='cpu', checkpoint=tmp_path/'run.ckpt', callbacks=[stop])
-    run, _ = train_run(data, .01, epochs=6, device='cpu', checkpoint=tmp_path/'run.ckpt')
+        train_run(data, settings, device='cpu', checkpoint=tmp_path/'run.ckpt', callbacks=[stop])
+    run, _ = train_run(data, settings, device='cpu', checkpoint=tmp_path/'run.ckpt')
     assert run['wall_seconds'] >= sum(e['seconds'] for e in run['epochs']) - .01
 
 
@@ -175,15 +179,15 @@ def test_a_run_that_went_on_counts_the_time_before(tmp_path):
 
 WRITE = """
 import os, signal, sys
-from cifar_nbdev.data import whole_file
-with whole_file(sys.argv[1]) as tmp:
+from cifar_nbdev.files import atomic_write
+with atomic_write(sys.argv[1]) as tmp:
     tmp.write_text('half')
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 def test_half_a_file_never_has_the_final_name(small, tmp_path):
-    run, _ = train_run(small, .01, epochs=1, device='cpu')
+    run, _ = train_run(small, Settings(lr=.01, epochs=1), device='cpu')
     path = save_run(run, tmp_path)
     before = path.read_bytes()
     for name in (path.name, path.name.replace('seed0', 'seed1')):
@@ -197,7 +201,7 @@ def test_half_a_file_never_has_the_final_name(small, tmp_path):
 def test_a_failed_write_leaves_what_was_there(tmp_path, error):
     (tmp_path/'file').write_text('old')
     with pytest.raises(error):
-        with whole_file(tmp_path/'file') as tmp:
+        with atomic_write(tmp_path/'file') as tmp:
             tmp.write_text('new')
             raise error
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [('file', 'old')]
@@ -207,7 +211,7 @@ def test_a_run_put_aside_halfway_ends_with_the_same_weights(small, tmp_path):
     lrs = (.005, .01, .0001)                            # three runs, two at a time: the first is put aside
     for out in (None, tmp_path):
         for run in sweep(small, lrs, epochs=5, device='cpu', workers=2, progress=False, out=out):
-            alone, _ = train_run(small, run['config']['lr'], epochs=5, device='cpu', progress=False)
+            alone, _ = train_run(small, Settings(**run['config']), device='cpu', progress=False)
             assert run['weights_sha256'] == alone['weights_sha256']
             assert [e['epoch'] for e in run['epochs']] == [1, 2, 3, 4, 5]
             assert run['wall_seconds'] > .9 * sum(e['seconds'] for e in run['epochs'])
@@ -215,12 +219,19 @@ def test_a_run_put_aside_halfway_ends_with_the_same_weights(small, tmp_path):
 
 
 def test_a_run_is_put_aside_at_the_epoch_asked_for(small, tmp_path):
-    config = dict(lr=.01, seed=0, epochs=3, bs=128, momentum=.9, weight_decay=5e-4, reading='gate')
-    work = partial(_work, config, small, 'cpu', None, str(tmp_path), 'run')         # no folder for results
-    assert work(2) == (None, None)
+    settings = Settings(lr=.01, epochs=3)
+    (tmp_path/'open').touch()                                                       # as while the sweep is there
+    job = _Job('run', settings, 'cpu', scratch=str(tmp_path), pause=2)              # no folder for results
+    assert _work(job, small) == (None, None)
     epochs = torch.load(tmp_path/'run.ckpt', weights_only=True)['epochs']
     assert [e['epoch'] for e in epochs] == [1, 2]
-    run, weights = work()
-    assert run['epochs'][:2] == epochs and len(run['epochs']) == 3
-    assert run['weights_sha256'] == train_run(small, **config, device='cpu', progress=False)[0]['weights_sha256']
-    assert set(weights) == set(ImageClassifier().state_dict())
+    run, weights = _work(replace(job, pause=None), small)
+    assert run['epochs'][:2] == epochs and len(run['epochs']) == 3 and not weights
+    assert run['weights_sha256'] == train_run(small, settings, device='cpu', progress=False)[0]['weights_sha256']
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['open', 'run.epochs']
+
+
+def test_a_run_ends_with_its_sweep(small, tmp_path):
+    job = _Job('run', Settings(lr=.01, epochs=1000), 'cpu', scratch=str(tmp_path))
+    with pytest.raises(_Dropped): _work(job, small)                                 # there is no file `open`
+    assert not list(tmp_path.glob('*.epochs')) or (tmp_path/'run.epochs').stat().st_size < 1000

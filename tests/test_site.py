@@ -1,9 +1,8 @@
 """The built site in a real browser: headless Chromium opens every page from a local server"""
-import functools, json, os, re, shutil, subprocess, sys, threading
+import functools, json, re, shutil, subprocess, sys, threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -17,6 +16,7 @@ FLAGS = ('--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-ru
          '--disable-dev-shm-usage').split()
 SCREENS = {'desktop': (1300, 'light'), 'phone': (390, 'light'), 'dark': (1300, 'dark')}
 MODULES = [p.stem for p in sorted((ROOT/'cifar_nbdev').glob('[!_]*.py'))]
+FLOORS = {'The report': '0[0-3]', 'Beyond it': '0[4-9]', 'Under the hood': '1'}
 
 pytestmark = [
     pytest.mark.skipif(not find_spec('sphinx_book_theme') or not find_spec('selenium'),
@@ -78,7 +78,6 @@ def show(browser, address, width, scheme):
 
 def requests(browser):
     "What a page asked for, from the performance log: addresses, and those that failed"
-    import json
     asked, failed = {}, []
     for entry in browser.get_log('performance'):
         message = json.loads(entry['message'])['message']
@@ -144,26 +143,54 @@ def test_search_finds_fit_and_lands_on_it(browser, url):
     assert browser.current_url.endswith('#fit')
 
 
-def test_pages_are_numbered_in_the_sidebar(browser, site, url):
-    from selenium.webdriver.common.by import By
+def test_the_sidebar_has_the_floors_and_their_pages(browser, site, url):
     show(browser, f'{url}/index.html', 1300, 'light')
-    anchors = browser.find_elements(By.CSS_SELECTOR, '.bd-sidebar-primary nav a.internal')
-    links = [Path(urlsplit(a.get_attribute('href')).path).name for a in anchors]
-    numbered = [json.loads(p.read_text(encoding='utf-8'))['cells']
-                for p in sorted((ROOT/'nbs').glob('[0-9]*.ipynb'))]
-    names = [re.search(r'output-file: (\S+)', ''.join(cells[0]['source'])).group(1) for cells in numbered]
-    assert [link for link in links if link != 'index.html'] == names
-    assert {'data.html', 'model.html', 'train.html', 'report.html'} <= set(names)
-    pages = {p.name for p in site.glob('*.html')}
-    assert pages - {'index.html', 'search.html', 'genindex.html'} <= set(links)
+    seen = browser.execute_script(
+        "return [...document.querySelectorAll('.bd-sidebar-primary nav :is(p.caption, a.internal)')]"
+        ".map(e => e.matches('a') ? new URL(e.href).pathname.slice(1) : e.textContent.trim())")
+    wanted = []
+    for caption, numbers in FLOORS.items():
+        cells = [json.loads(p.read_text(encoding='utf-8'))['cells']
+                 for p in sorted((ROOT/'nbs').glob(f'{numbers}*_*.ipynb'))]
+        wanted += [caption, *(re.search(r'output-file: (\S+)', ''.join(c[0]['source']))[1] for c in cells)]
+    assert [s for s in seen if s != 'index.html'] == wanted
+    assert {p.name for p in site.glob('*.html')} - {'index.html', 'search.html'} == set(wanted) - set(FLOORS)
+
+
+@pytest.fixture(scope='module')
+def soups(site):
+    "Every module's page, parsed"
+    from bs4 import BeautifulSoup
+    return {m: BeautifulSoup((site/f'{m}.html').read_text(encoding='utf-8'), 'html.parser') for m in MODULES}
 
 
 @pytest.mark.parametrize('module', MODULES)
-def test_every_public_name_has_one_entry(site, module):
-    from bs4 import BeautifulSoup
-    pages = [BeautifulSoup(p.read_text(encoding='utf-8'), 'html.parser') for p in site.glob('*.html')]
-    entries = [e.find(['h2', 'h3', 'h4']).get_text().rstrip('#¶ ').strip()
-               for page in pages for e in page.select('section.entry')]
+def test_every_public_name_has_its_source_on_the_page_below_its_anchor(soups, module):
     m = import_module(f'cifar_nbdev.{module}')
-    names = [n for n in m.__all__ if callable(getattr(m, n))]
-    assert names and {n: entries.count(n) for n in names} == dict.fromkeys(names, 1)
+    names = [n for n in m.__all__ if getattr(getattr(m, n), '__module__', '') == m.__name__]
+    code = {n: entry.find_next('pre').get_text() for entry in soups[module].select('p.entry')
+            for n in (entry['id'], *(s['id'] for s in entry.find_all('span', id=True)))}
+    missing = [n for n in names if not re.search(rf'^(def|class) {n}\b', code.get(n.lower(), ''), re.M)]
+    assert names and not [n for n in missing
+                          if not re.search(rf'^(def|class) {n}\b', code.get(f'{n.lower()}-2', ''), re.M)]
+
+
+def test_the_data_page_shows_how_batches_are_cut(soups):
+    code = '\n'.join(pre.get_text() for pre in soups['data'].find_all('pre'))
+    assert re.search(r'^class BatchLoader:\n(?:.*\n)+?    def __iter__', code, re.M)
+    assert not re.search(r'^#\|', code, re.M), 'a directive is shown'
+
+
+def test_a_folded_cell_says_what_it_holds_and_opens(browser, soups, url):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+    folded = {m: f for m, soup in soups.items() if (f := soup.select('details.hide.above-input'))}
+    for details in (d for found in folded.values() for d in found):
+        assert not details.has_attr('open') and details.find(class_='collapsed').get_text().strip()
+    module = next(iter(folded))
+    show(browser, f'{url}/{module}.html', 1300, 'light')
+    details = browser.find_element(By.CSS_SELECTOR, 'details.hide.above-input')
+    assert not details.find_element(By.TAG_NAME, 'pre').is_displayed()
+    browser.execute_script('arguments[0].scrollIntoView({block: "center"})', details)
+    details.find_element(By.TAG_NAME, 'summary').click()
+    WebDriverWait(browser, 20).until(lambda b: details.find_element(By.TAG_NAME, 'pre').is_displayed())

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from cifar_nbdev import data
-from cifar_nbdev.data import DownloadError, download, load_data
+from cifar_nbdev import sources
+from cifar_nbdev.data import load_data
+from cifar_nbdev.sources import DownloadError, download
 from conftest import save_npz
 
 BODY = bytes(range(256)) * 400
@@ -23,7 +24,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, answer, body):
         self.answer, self.body, self.asked, self.over = answer, body, [], threading.Event()
         super().__init__(('127.0.0.1', 0), Handler)
-        self.url = f'http://127.0.0.1:{self.server_address[1]}/{data.ARCHIVE}'
+        self.url = f'http://127.0.0.1:{self.server_address[1]}/{sources.ARCHIVE}'
         threading.Thread(target=self.serve_forever, args=(.02,), daemon=True).start()
 
 
@@ -72,8 +73,8 @@ def alone(monkeypatch, tmp_path):
     "No settings, no proxy, no cache, no sources beyond this machine; an empty working folder"
     for k in ('CIFAR10_URL', 'CIFAR_NBDEV_DATA', 'CIFAR_NBDEV_ROOT'): monkeypatch.delenv(k, raising=False)
     monkeypatch.setenv('no_proxy', '*')
-    monkeypatch.setattr(data, 'SOURCES', (closed_port(),))
-    monkeypatch.setattr(data, 'user_cache_path', lambda *a, **k: tmp_path/'cache')
+    monkeypatch.setattr(sources, 'SOURCES', (closed_port(),))
+    monkeypatch.setattr(sources, 'user_cache_path', lambda *a, **k: tmp_path/'cache')
     monkeypatch.chdir(tmp_path)
 
 
@@ -81,7 +82,7 @@ def closed_port():
     "An address at which nothing listens"
     with closing(socket.socket()) as s:
         s.bind(('127.0.0.1', 0))
-        return f'http://127.0.0.1:{s.getsockname()[1]}/{data.ARCHIVE}'
+        return f'http://127.0.0.1:{s.getsockname()[1]}/{sources.ARCHIVE}'
 
 
 @pytest.fixture
@@ -172,7 +173,7 @@ def official_files():
     for name in [f'data_batch_{i}' for i in range(1, 6)] + ['test_batch']:
         pixels = rng.integers(0, 256, (20, 3072), np.uint8)
         files[name] = pickle.dumps({'data': pixels, 'labels': rng.integers(0, 10, 20).tolist()})
-    return files | {'batches.meta': pickle.dumps({'label_names': list(data.CLASSES)})}
+    return files | {'batches.meta': pickle.dumps({'label_names': list(sources.CLASSES)})}
 
 
 def tar(files):
@@ -192,10 +193,10 @@ def official(monkeypatch):
     from torchvision.datasets import CIFAR10
     files = official_files()
     archive, md5 = tar(files), {k: hashlib.md5(v).hexdigest() for k, v in files.items()}
-    monkeypatch.setattr(data, 'ARCHIVE_SIZE', len(archive))
-    monkeypatch.setattr(data, 'ARCHIVE_MD5', hashlib.md5(archive).hexdigest())
+    monkeypatch.setattr(sources, 'ARCHIVE_SIZE', len(archive))
+    monkeypatch.setattr(sources, 'ARCHIVE_MD5', hashlib.md5(archive).hexdigest())
     monkeypatch.setattr(CIFAR10, 'url', closed_port())          # nothing here leaves this machine
-    monkeypatch.setattr(CIFAR10, 'tgz_md5', data.ARCHIVE_MD5)
+    monkeypatch.setattr(CIFAR10, 'tgz_md5', sources.ARCHIVE_MD5)
     monkeypatch.setattr(CIFAR10, 'train_list', [[k, m] for k, m in md5.items() if k.startswith('data')])
     monkeypatch.setattr(CIFAR10, 'test_list', [['test_batch', md5['test_batch']]])
     monkeypatch.setattr(CIFAR10, 'meta', CIFAR10.meta | {'md5': md5['batches.meta']})
@@ -213,7 +214,7 @@ def is_official(d, files):
     "Does `d` hold exactly the pixels and labels of `files`?"
     train = [pickle.loads(files[f'data_batch_{i}']) for i in range(1, 6)]
     test = pickle.loads(files['test_batch'])
-    return (d.name == 'CIFAR-10' and d.classes == data.CLASSES
+    return (d.name == 'CIFAR-10' and d.classes == sources.CLASSES
             and torch.equal(d.x_train.flatten(1),
                             torch.from_numpy(np.concatenate([t['data'] for t in train])))
             and d.y_train.tolist() == sum((t['labels'] for t in train), [])
@@ -224,7 +225,7 @@ def is_official(d, files):
 def test_cifar10_is_fetched_once(serve, official, monkeypatch, tmp_path):
     files, archive = official
     server = serve(good, archive)
-    monkeypatch.setattr(data, 'SOURCES', (serve(not_found).url, server.url))
+    monkeypatch.setattr(sources, 'SOURCES', (serve(not_found).url, server.url))
     first = load_data('cifar10', root=tmp_path/'root')
     assert is_official(first, files) and len(server.asked) == 1
     assert load_data('cifar10', root=tmp_path/'root').sha256 == first.sha256 and len(server.asked) == 1
@@ -233,7 +234,7 @@ def test_cifar10_is_fetched_once(serve, official, monkeypatch, tmp_path):
 
 def test_the_users_own_address_comes_first(serve, official, monkeypatch, tmp_path):
     own, other = serve(good, official[1]), serve(good, official[1])
-    monkeypatch.setattr(data, 'SOURCES', (other.url,))
+    monkeypatch.setattr(sources, 'SOURCES', (other.url,))
     monkeypatch.setenv('CIFAR10_URL', own.url)
     assert is_official(load_data('cifar10', root=tmp_path), official[0])
     assert (len(own.asked), len(other.asked)) == (1, 0)
@@ -242,7 +243,7 @@ def test_the_users_own_address_comes_first(serve, official, monkeypatch, tmp_pat
 @pytest.mark.parametrize('address', ['nonsense', 'http://', 'http://[', 'file:/dev/null', 'ftp:'])
 def test_after_an_address_that_is_none_come_the_others(serve, official, monkeypatch, tmp_path, address):
     monkeypatch.setenv('CIFAR10_URL', address)
-    monkeypatch.setattr(data, 'SOURCES', (serve(good, official[1]).url,))
+    monkeypatch.setattr(sources, 'SOURCES', (serve(good, official[1]).url,))
     assert is_official(load_data('cifar10', root=tmp_path), official[0])
 
 
@@ -253,27 +254,27 @@ def test_the_users_own_address_may_be_a_file(official, monkeypatch, tmp_path):
 
 
 def test_a_download_goes_to_the_cache_or_where_the_environment_says(serve, official, monkeypatch, tmp_path):
-    monkeypatch.setattr(data, 'SOURCES', (serve(good, official[1]).url,))
+    monkeypatch.setattr(sources, 'SOURCES', (serve(good, official[1]).url,))
     load_data('cifar10')
-    assert (tmp_path/'cache'/data.ARCHIVE).read_bytes() == official[1]
+    assert (tmp_path/'cache'/sources.ARCHIVE).read_bytes() == official[1]
     monkeypatch.setenv('CIFAR_NBDEV_ROOT', str(tmp_path/'env'))
     load_data('cifar10')
-    assert (tmp_path/'env'/data.ARCHIVE).read_bytes() == official[1]
+    assert (tmp_path/'env'/sources.ARCHIVE).read_bytes() == official[1]
 
 
 def test_root_may_begin_with_a_tilde(serve, official, monkeypatch, tmp_path):
     monkeypatch.setenv('HOME', str(tmp_path))
     monkeypatch.setenv('USERPROFILE', str(tmp_path))
-    monkeypatch.setattr(data, 'SOURCES', (serve(good, official[1]).url,))
+    monkeypatch.setattr(sources, 'SOURCES', (serve(good, official[1]).url,))
     assert is_official(load_data('cifar10', root='~/own'), official[0])
-    assert (tmp_path/'own'/data.ARCHIVE).exists() and not (tmp_path/'~').exists()
+    assert (tmp_path/'own'/sources.ARCHIVE).exists() and not (tmp_path/'~').exists()
 
 
 def test_offline_the_error_says_what_to_do(serve, official, monkeypatch, tmp_path):
     server = serve(not_found)
     monkeypatch.setenv('CIFAR10_URL', server.url)
     with pytest.raises(DownloadError) as e: load_data('cifar10', root=tmp_path/'root')
-    for part in (server.url, '404', *data.SOURCES, data.ARCHIVE, data.ARCHIVE_MD5, str(tmp_path/'root'),
+    for part in (server.url, '404', *sources.SOURCES, sources.ARCHIVE, sources.ARCHIVE_MD5, str(tmp_path/'root'),
                  'shapes10'):
         assert part in str(e.value)
     assert not list((tmp_path/'root').iterdir())
@@ -286,7 +287,7 @@ def test_what_was_put_there_by_hand_is_used(official, monkeypatch, tmp_path, whe
     folder = tmp_path/{'./data': 'data', 'cache': 'cache'}.get(where, 'own')
     folder.mkdir()
     if what == 'folder': unpack(files, folder)
-    else: (folder/data.ARCHIVE).write_bytes(archive)
+    else: (folder/sources.ARCHIVE).write_bytes(archive)
     if where == 'CIFAR_NBDEV_ROOT': monkeypatch.setenv(where, str(folder))
     assert is_official(load_data('cifar10', root=folder if where == 'root' else None), files)
     assert is_official(load_data('auto', root=folder if where == 'root' else None), files)
@@ -294,7 +295,7 @@ def test_what_was_put_there_by_hand_is_used(official, monkeypatch, tmp_path, whe
 
 def test_a_damaged_folder_is_made_again_from_the_archive_beside_it(official, tmp_path):
     unpack(official[0] | {'data_batch_3': b'damaged'}, tmp_path)
-    (tmp_path/data.ARCHIVE).write_bytes(official[1])
+    (tmp_path/sources.ARCHIVE).write_bytes(official[1])
     assert is_official(load_data('cifar10', root=tmp_path), official[0])
 
 
@@ -316,7 +317,7 @@ def test_nothing_is_unpickled_that_is_not_official(official, tmp_path, name, wha
     files = official[0] | {name: pickle.dumps(Bomb(boom))}
     root.mkdir()
     if what == 'folder': unpack(files, root)
-    else: (root/data.ARCHIVE).write_bytes(tar(files).ljust(data.ARCHIVE_SIZE, b'\0')[:data.ARCHIVE_SIZE])
+    else: (root/sources.ARCHIVE).write_bytes(tar(files).ljust(sources.ARCHIVE_SIZE, b'\0')[:sources.ARCHIVE_SIZE])
     with pytest.raises(DownloadError): load_data('cifar10', root=root)
     with pytest.raises(FileNotFoundError): load_data('cifar10', root=root, download=False)
     assert not boom.exists()
@@ -324,15 +325,15 @@ def test_nothing_is_unpickled_that_is_not_official(official, tmp_path, name, wha
 
 def test_a_wrong_download_is_never_opened(serve, official, monkeypatch, tmp_path):
     bad = tar(official[0] | {'data_batch_1': pickle.dumps(Bomb(tmp_path/'boom'))})
-    bad = bad.ljust(data.ARCHIVE_SIZE, b'\0')[:data.ARCHIVE_SIZE]
-    monkeypatch.setattr(data, 'SOURCES', (serve(good, bad).url,))
+    bad = bad.ljust(sources.ARCHIVE_SIZE, b'\0')[:sources.ARCHIVE_SIZE]
+    monkeypatch.setattr(sources, 'SOURCES', (serve(good, bad).url,))
     with pytest.raises(DownloadError, match='has MD5'): load_data('cifar10', root=tmp_path/'root')
     assert not (tmp_path/'boom').exists() and not list((tmp_path/'root').iterdir())
 
 
 def test_a_wrong_archive_is_replaced_by_a_right_one(serve, official, monkeypatch, tmp_path):
-    monkeypatch.setattr(data, 'SOURCES', (serve(good, official[1]).url,))
-    (tmp_path/data.ARCHIVE).write_bytes(b'half of it')
+    monkeypatch.setattr(sources, 'SOURCES', (serve(good, official[1]).url,))
+    (tmp_path/sources.ARCHIVE).write_bytes(b'half of it')
     assert is_official(load_data('cifar10', root=tmp_path), official[0])
 
 
@@ -342,26 +343,26 @@ def test_auto_without_a_network_warns_and_draws_shapes():
     with pytest.warns(UserWarning, match='NOT CIFAR-10') as caught: d = load_data()
     assert d.name == 'shapes10 (synthetic)'
     said = str(caught[0].message)
-    assert all(part in said for part in (data.ARCHIVE, data.ARCHIVE_MD5, data.SOURCES[0], 'cache'))
+    assert all(part in said for part in (sources.ARCHIVE, sources.ARCHIVE_MD5, sources.SOURCES[0], 'cache'))
 
 
 def test_auto_without_leave_to_download_contacts_nobody(serve, monkeypatch):
     server = serve(good)
-    monkeypatch.setattr(data, 'SOURCES', (server.url,))
+    monkeypatch.setattr(sources, 'SOURCES', (server.url,))
     with pytest.warns(UserWarning, match='NOT CIFAR-10'): d = load_data(download=False)
     assert d.name == 'shapes10 (synthetic)' and not server.asked
 
 
 def test_auto_downloads(serve, official, monkeypatch):
-    monkeypatch.setattr(data, 'SOURCES', (serve(good, official[1]).url,))
+    monkeypatch.setattr(sources, 'SOURCES', (serve(good, official[1]).url,))
     assert is_official(load_data(), official[0])
 
 
 def test_auto_takes_the_file_that_the_environment_names(small, monkeypatch, tmp_path):
-    save_npz(tmp_path/'mine.npz', small, name='CIFAR-10, JPEG re-encoding')
+    save_npz(tmp_path/'mine.npz', small, name='my shapes', classes=np.array(small.classes))
     monkeypatch.setenv('CIFAR_NBDEV_DATA', str(tmp_path/'mine.npz'))
     d = load_data()
-    assert d.name == 'CIFAR-10, JPEG re-encoding' and torch.equal(d.x_test, small.x_test)
+    assert (d.name, d.classes) == ('my shapes', small.classes) and torch.equal(d.x_test, small.x_test)
 
 
 def test_auto_never_passes_over_a_file_that_the_environment_names(monkeypatch, tmp_path):

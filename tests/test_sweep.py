@@ -1,16 +1,27 @@
-"""Sweeps on executors: the library's own processes, the standard library's, Dask's; workers killed midway"""
-import multiprocessing, os, pickle, signal, threading, time
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+"""Sweeps: on any executor, with nets of the user's own, with changed code; workers killed, Ctrl-C, failing runs"""
+import json, multiprocessing, os, pickle, signal, subprocess, sys, tempfile, threading, time
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
 
+from cifar_nbdev import sweep as module, train
 from cifar_nbdev.data import shapes10
-from cifar_nbdev.train import SweepError, load_runs, sweep, train_run
-from conftest import hashes, python
+from cifar_nbdev.model import ImageClassifier, code_sha256
+from cifar_nbdev.readings import READINGS
+from cifar_nbdev.runs import load_runs
+from cifar_nbdev.sweep import SweepError, SweepInterrupt, check_sweep, sweep
+from cifar_nbdev.train import NonFiniteLossError
+from conftest import clean_env, hashes, python
 
 LRS, SEEDS = (.005, .01, .0001), (0, 1)
 SETTINGS = dict(epochs=6, device='cpu', progress=False)
+ONE = dict(SETTINGS, epochs=1, workers=1)
 
 
 @pytest.fixture(scope='module')
@@ -22,8 +33,7 @@ def data():
 @pytest.fixture(scope='module')
 def expected(data):
     "Hash of the weights of each run, by learning rate and seed"
-    runs = sweep(data, LRS, SEEDS, **SETTINGS)
-    return {(r['config']['lr'], r['config']['seed']): r['weights_sha256'] for r in runs}
+    return results(sweep(data, LRS, SEEDS, **SETTINGS))
 
 
 class Pool(ProcessPoolExecutor):
@@ -35,6 +45,9 @@ class Pool(ProcessPoolExecutor):
     def submit(self, fn, *args):
         self.largest = max(self.largest, len(pickle.dumps(args)))
         return super().submit(fn, *args)
+
+
+def threads(): return ThreadPoolExecutor(2)
 
 
 @contextmanager
@@ -60,13 +73,18 @@ def workers(executor):
 def results(runs): return {(r['config']['lr'], r['config']['seed']): r['weights_sha256'] for r in runs}
 
 
-@pytest.mark.parametrize('make', [Pool, dask])
+# executors
+
+@pytest.mark.parametrize('make', [Pool, dask, threads])
 def test_any_executor_gives_the_same_runs(data, expected, tmp_path, make):
+    count, random = torch.get_num_threads(), torch.get_rng_state()
     with make() as executor:
         runs = sweep(data, LRS, SEEDS, out=tmp_path, executor=executor, **SETTINGS)
         if make is Pool: assert 0 < executor.largest < 5_000        # the images do not travel with each run
         assert sweep(data, LRS, SEEDS, out=tmp_path, executor=executor, **SETTINGS) == runs
     assert results(runs) == results(load_runs(tmp_path)) == expected
+    assert {r['env']['threads'] for r in runs} == {1}
+    assert torch.get_num_threads() == count and torch.equal(torch.get_rng_state(), random)
 
 
 def test_images_travel_to_a_dask_worker_once(data):
@@ -80,8 +98,8 @@ def test_images_travel_to_a_dask_worker_once(data):
 
 class Elsewhere(Pool):
     "As if its processes ran on a machine that does not share our disk"
-    def submit(self, fn, config, shared, device, out, scratch, name, pause):
-        return super().submit(fn, config, shared, device, '/not/here', '/nor/here', name, pause)
+    def submit(self, fn, job, shared):
+        return super().submit(fn, replace(job, out='/not/here', scratch='/nor/here'), shared)
 
 
 def test_a_worker_without_our_disk_sends_its_weights_home(data, expected, tmp_path):
@@ -105,6 +123,27 @@ def test_a_run_whose_result_was_lost_is_not_done_again(data, tmp_path):
     assert executor.repeated == 3 and all(r in load_runs(tmp_path) for r in runs)
 
 
+def test_data_are_hashed_once_in_a_worker_not_once_a_run(small, tmp_path):
+    job = next(iter(module._jobs(small, check_sweep((.01,), (0,), epochs=1), 'cpu', None, None).values()))
+    shared = module._share(small, tmp_path, None, False, 'cpu')
+    (tmp_path/'open').touch()
+    job = replace(job, scratch=str(tmp_path))
+    runs = [module._work(job, shared)[0] for _ in range(2)]
+    assert module._images(shared, torch.device('cpu')) is module._images(shared, torch.device('cpu'))
+    assert [r['data']['sha256'] for r in runs] == [small.sha256] * 2
+    module._mapped.cache_clear()
+
+
+def test_the_library_works_without_dask(tmp_path):
+    code = ("import sys; sys.modules['distributed'] = sys.modules['dask'] = None; "
+            "from cifar_nbdev.sweep import sweep; from cifar_nbdev.data import shapes10; "
+            "print(len(sweep(shapes10(200, 100), (.01, .001), epochs=1, device='cpu')))")
+    r = python(code, cwd=tmp_path)
+    assert r.stdout.strip() == '2', r.stderr
+
+
+# workers killed
+
 @contextmanager
 def one_killed(executor, out):
     "Kill a worker when the first run is finished and another on its way; a dict for what was finished then"
@@ -125,7 +164,7 @@ def one_killed(executor, out):
 
 
 @pytest.mark.skipif(not hasattr(signal, 'SIGKILL'), reason='no SIGKILL on this system')
-@pytest.mark.parametrize('make, slots', [(nullcontext, 2), (nullcontext, 4), (dask, 2)])     # 4: two runs are put aside
+@pytest.mark.parametrize('make, slots', [(nullcontext, 2), (nullcontext, 4), (dask, 2)])     # 4: two are put aside
 def test_every_run_ends_once_though_a_worker_is_killed(data, expected, tmp_path, make, slots):
     with make() as executor, one_killed(executor, tmp_path) as finished:
         runs = sweep(data, LRS, SEEDS, out=tmp_path, workers=slots, executor=executor, **SETTINGS)
@@ -146,15 +185,178 @@ def test_a_broken_pool_loses_nothing_and_the_same_call_does_the_rest(data, expec
     assert results(runs) == expected and {k: hashes(tmp_path)[k] for k in finished} == finished
 
 
-def test_a_failing_run_takes_no_other_with_it(data, tmp_path):
-    with dask() as executor, pytest.raises(SweepError) as e:
+@pytest.mark.parametrize('make', [nullcontext, dask, threads])
+def test_a_failing_run_takes_no_other_with_it(data, tmp_path, make):
+    with make() as executor, pytest.raises(SweepError) as e:
         sweep(data, (1e6, .01), epochs=2, device='cpu', progress=False, out=tmp_path, executor=executor)
     assert ['lr1e+06' in name for name in e.value.errors] == [True] and len(load_runs(tmp_path)) == 1
+    assert isinstance(*e.value.errors.values(), NonFiniteLossError) and len(e.value.runs) == 1
 
 
-def test_the_library_works_without_dask(tmp_path):
-    code = ("import sys; sys.modules['distributed'] = sys.modules['dask'] = None; "
-            "from cifar_nbdev.train import sweep; from cifar_nbdev.data import shapes10; "
-            "print(len(sweep(shapes10(200, 100), (.01, .001), epochs=1, device='cpu')))")
-    r = python(code, cwd=tmp_path)
-    assert r.stdout.strip() == '2', r.stderr
+# identity, and the user's own nets
+
+def test_other_labels_make_other_runs(small, tmp_path):
+    noisy = replace(small, y_train=small.y_train.flip(0))
+    a, b = (sweep(d, [.05], out=tmp_path, **ONE)[0] for d in (small, noisy))
+    assert a['data']['sha256'] != b['data']['sha256'] and a['epochs'] != b['epochs']
+    assert len(load_runs(tmp_path)) == 2
+
+
+class Net(nn.Module):
+    "Seeded"
+    def __init__(self, seed, width=4):
+        super().__init__()
+        self.fc = nn.Linear(3072, 10)
+        g = torch.Generator().manual_seed(seed)
+        with torch.no_grad(): self.fc.weight.copy_(torch.randn(10, 3072, generator=g) / 60)
+
+    def forward(self, x): return self.fc(x.flatten(1))
+
+
+@pytest.mark.parametrize('make', [nullcontext, Pool, threads])
+def test_a_net_of_ones_own_is_swept(small, tmp_path, make):
+    random = torch.get_rng_state()
+    with make() as executor:
+        runs = sweep(small, (.01,), SEEDS, model=lambda data, seed: Net(seed), out=tmp_path, executor=executor,
+                     epochs=2, device='cpu', progress=False)
+    assert len({r['weights_sha256'] for r in runs}) == 2
+    assert {r['config']['reading'] for r in runs} == {'own: lambda'}
+    assert torch.equal(torch.get_rng_state(), random)
+    assert {r['model'] for r in runs} == {code_sha256(Net(0))}
+    assert results(load_runs(tmp_path)) == results(runs)
+
+
+def test_a_net_is_known_by_content_not_by_name(small, tmp_path):
+    class Doubled(Net):
+        def forward(self, x): return 2 * super().forward(x)
+    def net(data, seed): return Net(seed)
+    before = sweep(small, (.01,), model=net, out=tmp_path, **ONE)
+    def net(data, seed): return Doubled(seed)
+    after = sweep(small, (.01,), model=net, out=tmp_path, **ONE)
+    assert before[0]['weights_sha256'] != after[0]['weights_sha256'] and len(load_runs(tmp_path)) == 2
+    assert sweep(small, (.01,), model=net, out=tmp_path, **ONE) == after
+
+
+# a session whose code is not what workers import
+
+def gates(self, x): return x.new_zeros(len(x), 2)
+def train_step(model, opt, xb, yb): return F.cross_entropy(model(xb), yb), model(xb)
+
+
+@pytest.mark.parametrize('where, name, new, said', [
+    (ImageClassifier, 'gates', gates, 'cifar_nbdev.model.ImageClassifier.gates'),
+    (ImageClassifier, 'forward', lambda self, x: 2 * self.fc(x), 'cifar_nbdev.model.ImageClassifier.forward'),
+    (F, 'cross_entropy', lambda a, b: (a - F.one_hot(b, 10)).square().mean(), 'torch.nn.functional.cross_entropy'),
+    (F, 'relu', torch.sigmoid, 'torch.nn.functional.relu'),
+    (torch, 'einsum', lambda *args: 0, 'torch.einsum'),
+    (nn.Linear, 'forward', lambda self, x: 0, 'torch.nn.Linear.forward'),
+    (train, 'train_step', train_step, 'cifar_nbdev.train.train_step'),
+    (train.FiniteLoss, 'after_epoch', lambda self, t: None, 'cifar_nbdev.train.FiniteLoss.after_epoch'),
+    (train, 'evaluate', torch.no_grad()(lambda model, dl, device=None: (0., 1.)), 'cifar_nbdev.train.evaluate')])
+def test_changed_code_is_noticed_and_named(small, tmp_path, monkeypatch, where, name, new, said):
+    before = module._code()
+    monkeypatch.setattr(where, name, new)
+    text = str(module._refusal(before, module._code()))
+    assert text.startswith(said) and len(text.splitlines()) == 1 and 'executor=ThreadPoolExecutor' in text
+
+
+@pytest.mark.parametrize('make', [nullcontext, Pool, dask])
+def test_processes_refuse_to_train_another_class(small, tmp_path, monkeypatch, make):
+    with make() as executor:
+        monkeypatch.setattr(ImageClassifier, 'gates', gates)
+        with pytest.raises(ValueError, match='^cifar_nbdev.model.ImageClassifier.gates: not the same') as e:
+            sweep(small, [.05], [0], out=tmp_path, executor=executor, **ONE)
+    assert len(str(e.value).splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_threads_train_the_class_as_it_stands(small, monkeypatch):
+    plain = sweep(small, [.05], **ONE)
+    monkeypatch.setattr(ImageClassifier, 'gates', gates)
+    with threads() as executor: patched = sweep(small, [.05], executor=executor, **ONE)
+    assert patched[0]['weights_sha256'] != plain[0]['weights_sha256']
+
+
+def test_a_users_module_that_changed_on_disk_is_noticed(tmp_path):
+    net = 'from cifar_nbdev.model import ImageClassifier\ndef net(data, seed): return ImageClassifier(4, seed=seed)\n'
+    (tmp_path/'nets.py').write_text(net)
+    code = ("import sys; sys.path.insert(0, '.'); sys.dont_write_bytecode = True; import nets\n"
+            "from cifar_nbdev.sweep import sweep; from cifar_nbdev.data import shapes10\n"
+            "open('nets.py', 'a').write('\\nclass ImageClassifier(ImageClassifier):\\n"
+            "    def gates(self, x): return x.new_ones(len(x), 4)\\n')\n"
+            "sweep(shapes10(200, 100), (.01,), model=nets.net, epochs=1, device='cpu')")
+    r = python(code, cwd=tmp_path, PYTHONPATH=tmp_path)
+    assert r.stderr.strip().splitlines()[-1].startswith('ValueError: model='), r.stderr
+
+
+def test_all_code_of_a_run_is_looked_at(tmp_path):
+    r = python("import sys, cifar_nbdev.sweep as s\nprint(*{m[12:] for m in sys.modules if m.startswith('cifar_nbdev.')} "
+               "- set(s._PARTS))", cwd=tmp_path)
+    assert set(r.stdout.split()) <= {'files', 'sources'}, r.stderr          # no run depends on these
+
+
+def test_a_session_that_has_worked_is_not_taken_for_another(small, tmp_path):
+    code = ("import json, sys, cifar_nbdev.sweep as s\n"
+            "if sys.argv[1:]:\n"
+            "    import matplotlib.pyplot, torch\n"
+            "    from cifar_nbdev import data, model, train\n"
+            "    m, dls = model.ImageClassifier(seed=0), data.dataloaders(data.shapes10(200, 100), num_workers=0)\n"
+            "    train.fit(m, dls, 1, device='cpu', progress=False)\n"
+            "    model.summary(m, torch.zeros(2, 3, 32, 32))\n"
+            "    torch.compile(m, backend='eager')(torch.zeros(2, 3, 32, 32))\n"
+            "print(json.dumps(s._code()))")
+    fresh, used = (python(code, *more, cwd=tmp_path, PYTHONHASHSEED=seed) for seed, more in ((1, ()), (2, ('work',))))
+    assert len(json.loads(fresh.stdout)) > 100, fresh.stderr
+    assert json.loads(fresh.stdout) == json.loads(used.stdout), used.stderr
+
+
+# Ctrl-C
+
+INTERRUPTED = """
+import os, signal, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from cifar_nbdev.data import shapes10
+from cifar_nbdev.sweep import SweepInterrupt, sweep
+executor = ThreadPoolExecutor(2) if sys.argv[1] == 'threads' else None
+out = 'runs' if sys.argv[2] == 'out' else None
+def seen(): return len({p.stem for p in Path('tmp').rglob('*.epochs')})
+def ctrl_c():
+    while seen() < 5: time.sleep(.01)                   # two at a time: at least three have finished
+    time.sleep(.3)
+    global then
+    then = time.perf_counter()
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=ctrl_c, daemon=True).start()
+try: sweep(shapes10(500, 100), (.01,), range(200), epochs=3, device='cpu', workers=2, out=out, executor=executor)
+except KeyboardInterrupt as e:
+    took = time.perf_counter() - then
+    print(type(e).__name__, len(e.runs), round(took, 1), e)
+if executor: executor.shutdown()
+"""
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='no SIGINT from os.kill on Windows')
+@pytest.mark.parametrize('kind, out', [('processes', ''), ('processes', 'out'), ('threads', '')])
+def test_an_interrupted_sweep_keeps_its_runs_and_leaves_nothing(tmp_path, kind, out):
+    (tmp_path/'tmp').mkdir()
+    start = time.perf_counter()
+    r = python(INTERRUPTED, kind, out, cwd=tmp_path, TMPDIR=tmp_path/'tmp')
+    name, n, took, *text = r.stdout.split()
+    assert name == 'SweepInterrupt' and int(n) >= 3 and float(took) < 5, r.stdout + r.stderr
+    assert text[:5] == [n, 'of', '200', 'runs', 'finished.'] and not r.stderr, r.stderr
+    assert not list((tmp_path/'tmp').iterdir())
+    if out: assert len(load_runs(tmp_path/'runs')) >= int(n) and 'goes on from' in r.stdout
+
+
+# arguments
+
+@pytest.mark.parametrize('wrong, said', [
+    (dict(lrs=.01), r'^lrs is 0.01, wanted a list: \[0.01\]$'), (dict(seeds=()), '^seeds is empty, wanted'),
+    (dict(lrs='0.1'), '^lrs is'), (dict(lrs=[-1]), '^lr is -1, wanted'), (dict(epoch=3), "^unknown setting 'epoch', wanted"),
+    (dict(workers=0), '^workers is 0, wanted'), (dict(device='abacus'), "^unknown device 'abacus'"),
+    (dict(model=3), '^model is 3, wanted'), (dict(epochs=0), '^epochs is 0, wanted'), (dict(reading='x'), 'reading'),
+    (dict(model=Net, reading='gate'), "^unknown setting 'reading', wanted"),
+    (dict(model=Net, change='four branches'), "^unknown setting 'change', wanted")])
+def test_a_senseless_argument_is_one_line(small, wrong, said):
+    with pytest.raises(ValueError, match=said) as e: sweep(small, **wrong)
+    assert len(str(e.value).splitlines()) == 1

@@ -27,7 +27,7 @@ def broken(request, monkeypatch, tmp_path):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(break_torchvision(tmp_path, request.param))
     for k in ('CIFAR10_URL', 'CIFAR_NBDEV_DATA', 'CIFAR_NBDEV_ROOT'): monkeypatch.delenv(k, raising=False)
-    monkeypatch.setattr('cifar_nbdev.data.SOURCES', ())
+    monkeypatch.setattr('cifar_nbdev.sources.SOURCES', ())
     return str(eval(request.param))
 
 
@@ -49,10 +49,11 @@ import json, sys
 import numpy as np
 from cifar_nbdev.data import dataloaders, load_data, shapes10
 from cifar_nbdev.model import ImageClassifier
-from cifar_nbdev.train import fit, train_run
+from cifar_nbdev.runs import Settings, train_run
+from cifar_nbdev.train import fit
 d = load_data(sys.argv[1])
 history = fit(ImageClassifier(seed=0), dataloaders(d), 1, device='cpu')
-run, model = train_run(shapes10(300, 100), .01, epochs=1, device='cpu')
+run, model = train_run(shapes10(300, 100), Settings(lr=.01, epochs=1), device='cpu')
 try: import torchvision; broken = False
 except RuntimeError: broken = True
 print(json.dumps([d.name, len(history), run['epochs'][0]['epoch'], broken]))
@@ -68,17 +69,17 @@ def test_what_does_not_need_it_works(small, tmp_path):
 
 def test_without_torchvision_a_run_still_says_what_it_ran_on(monkeypatch, small):
     from importlib.metadata import PackageNotFoundError, version
-    from cifar_nbdev import train
+    from cifar_nbdev import runs
     def installed(name):
         if name == 'torchvision': raise PackageNotFoundError(name)
         return version(name)
-    monkeypatch.setattr(train, 'version', installed)
-    run, _ = train.train_run(small, .01, epochs=1, device='cpu')
+    monkeypatch.setattr(runs, 'version', installed)
+    run, _ = runs.train_run(small, runs.Settings(lr=.01, epochs=1), device='cpu')
     assert 'torchvision' in run['env'] and not run['env']['torchvision']
 
 
 def test_the_report_works(tmp_path):
-    code = 'from cifar_nbdev.report import cifar_report; cifar_report()'
+    code = 'from cifar_nbdev.commands import cifar_report; cifar_report()'
     args = '--data shapes10 --lrs 0.005 --epochs 1 --device cpu --out out'.split()
     r = python(code, *args, cwd=tmp_path, PYTHONPATH=break_torchvision(tmp_path, NMS))
     assert (r.returncode, r.stderr) == (0, '')
