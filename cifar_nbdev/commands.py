@@ -108,7 +108,7 @@ def cifar_report(
     print((page.parent/'table.md').read_text(encoding='utf-8'))
     print(f'The report: {page}')
 
-# %% ../nbs/17_commands.ipynb #0b7041ee
+# %% ../nbs/17_commands.ipynb #ab92872a
 def cifar_bench(
     argv: list | None = None,  # Arguments; None: the command line's
 ):
@@ -117,17 +117,18 @@ def cifar_bench(
                 'Nothing is downloaded.', 'bench.json')
     p.add_argument('--rounds', type=int, default=3, help='turns that each way takes')
     for name, text in (('--peers', "also Lightning, skorch and Keras: pip install -e '.[peers]'"),
-                       ('--quick', 'a tenth of the images, one turn'),
+                       ('--quick', 'few images, one turn: to see that it works'),
                        ('--cuda', 'on the GPU instead: fit, three runs, thirty runs')):
         p.add_argument(name, action='store_true', default=argparse.SUPPRESS, help=text)
     args = vars(p.parse_args(argv))
     out, data, cuda = Path(args.pop('out')), args.pop('data'), args.pop('cuda', False)
+    if cuda and len(args) > 1: p.error('--cuda goes without --peers and --quick')
     with _one_line_errors(p):
         from cifar_nbdev.files import atomic_write
         from cifar_nbdev.page import check_folder
         from cifar_nbdev.speed import bench, bench_cuda, ratios
         check_folder(out.parent)
-        result = bench_cuda(data) if cuda else bench(data, **args)
+        result = (bench_cuda if cuda else bench)(data, **args)
         with atomic_write(out) as tmp: tmp.write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
     print(f'{ratios(result).round(2).to_string()}\n\nall: {out}')
 

@@ -6,9 +6,9 @@
 __all__ = ['OFFICIAL_SHA256', 'ImageData', 'tensors_sha256', 'shapes10', 'ImageDataset', 'Shuffle', 'BatchLoader', 'DataLoaders',
            'dataloaders', 'is_cifar10', 'load_data', 'describe_batches']
 
-# %% ../nbs/00_data.ipynb #ab409fe3
+# %% ../nbs/00_data.ipynb #97ce6668
 import hashlib, os, warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,13 +16,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .files import check_settings, document
-from .sources import (CLASSES, NAME, SHAPES_NAME, cifar10_roots, draw_shapes, official, read_npz,
-                                 torchvision_cifar10)
+from .sources import NAME, cifar10_roots, draw_shapes, official, read_npz, torchvision_cifar10
 
-# %% ../nbs/00_data.ipynb #6febf6e4
+# %% ../nbs/00_data.ipynb #ed574ed4
 #| code-fold: true
-def _check(x, y, classes, part):
-    "Raise a `ValueError` if these are not images and their labels"
+_TENSORS = 'x_train', 'y_train', 'x_test', 'y_test'
+
+def _check(data, part):
+    "Raise a `ValueError` if this part is not images and their labels"
+    x, y, classes = getattr(data, f'x_{part}'), getattr(data, f'y_{part}'), data.classes
     def refuse(what, found, wanted): raise ValueError(f'{what}_{part} is {found}, wanted {wanted}')
     for what, t in (('x', x), ('y', y)):
         if not isinstance(t, torch.Tensor): refuse(what, type(t).__name__, 'a tensor: torch.as_tensor(...)')
@@ -33,7 +35,7 @@ def _check(x, y, classes, part):
     if not 0 <= y.min() <= y.max() < len(classes):
         refuse('y', f'from {y.min()} to {y.max()}', f'0 to {len(classes) - 1}, for {len(classes)} classes')
 
-# %% ../nbs/00_data.ipynb #089975ec
+# %% ../nbs/00_data.ipynb #30d96d5a
 @dataclass(frozen=True)
 class ImageData:
     "Training and test images in memory, and what they are; checked when made, else a `ValueError`"
@@ -44,17 +46,18 @@ class ImageData:
     classes: tuple  # Name of each label
     name: str  # What the pixels are: 'CIFAR-10', 'CIFAR-10, unverified copy 1a2b3c4d', 'shapes10 (synthetic)'
     def __post_init__(self):
-        _check(self.x_train, self.y_train, self.classes, 'train')
-        _check(self.x_test, self.y_test, self.classes, 'test')
+        for part in ('train', 'test'): _check(self, part)
     @property
-    def sha256(self): return tensors_sha256(self.x_train, self.y_train, self.x_test, self.y_test)
-    def to(self, device): return self.with_tensors(lambda t: t.to(device))
+    def sha256(self):
+        "Hash of the pixels and labels as they are now"
+        return tensors_sha256(*(getattr(self, k) for k in _TENSORS))
+    def to(self, device):
+        "The same data on a device"
+        return replace(self, **{k: getattr(self, k).to(device) for k in _TENSORS})
     def subset(self, n_train, n_test):
-        "The first images of both sets, for quick experiments, under the same name; the hash tells it apart"
-        return self.with_tensors(lambda t: t[:n_train], lambda t: t[:n_test])
-    def with_tensors(self, f, g=None):
-        train, test = map(f, (self.x_train, self.y_train)), map(g or f, (self.x_test, self.y_test))
-        return ImageData(*train, *test, self.classes, self.name)
+        "The first images of both sets, for quick experiments; the hash tells it apart"
+        return replace(self, x_train=self.x_train[:n_train], y_train=self.y_train[:n_train],
+                       x_test=self.x_test[:n_test], y_test=self.y_test[:n_test])
     def __repr__(self):
         return (f'{self.name}: {len(self.x_train):,} training and {len(self.x_test):,} test images, '
                 f'sha256 {self.sha256[:12]}')

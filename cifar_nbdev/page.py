@@ -95,9 +95,10 @@ def _changed(config):
     return ', '.join(f'{k.replace("_", " ")}: {config[k]} instead of {v if v is not None else "none"}'
                      for k, v in recipe.items() if k not in ('lr', 'seed') and config.get(k, v) != v)
 
-# %% ../nbs/16_page.ipynb #54106926
+# %% ../nbs/16_page.ipynb #89f85992
 def _run_table(runs):
     "A row per run: what it ended on and what it took"
+    runs = sum(by_lr(runs).values(), [])
     last = [r['epochs'][-1] for r in runs]
     return pd.DataFrame({
         'lr': [r['config']['lr'] for r in runs], 'seed': [str(r['config']['seed']) for r in runs],
@@ -177,13 +178,13 @@ def check_folder(
         raise OSError(f'cannot write to the output folder {folder}: {e.strerror}. '
                       'Choose another with out (--out)') from None
 
-# %% ../nbs/16_page.ipynb #b49dae8f
+# %% ../nbs/16_page.ipynb #521ac0a0
 def _announce(data, configs, model, device):
     "One line on standard error: data, number of runs, epochs, step"
     with torch.random.fork_rng(devices=[]):             # the user's function may draw from the global one
         net = model(data, configs[0].seed) if model else new_model(data, configs[0])
-    step, n = pick_step(net, pick_device(device)).__name__, len(configs)
-    print(f'{data_label(data.name)}: {n} run{"s" * (n > 1)} of {configs[0].epochs} epochs by {step}',
+    step, n, epochs = pick_step(net, pick_device(device)).__name__, len(configs), configs[0].epochs
+    print(f'{data_label(data.name)}: {n} run{"s" * (n > 1)} of {epochs} epoch{"s" * (epochs > 1)} by {step}',
           file=sys.stderr, flush=True)
 
 def _time(seconds): return f'{seconds:.0f} s' if seconds < 120 else f'{seconds/60:.1f} min'

@@ -7,8 +7,8 @@ __all__ = ['NAME', 'SHAPES_NAME', 'CLASSES', 'SHAPES', 'ARCHIVE', 'ARCHIVE_SIZE'
            'draw_shapes', 'DataError', 'read_npz', 'DownloadError', 'download', 'cifar10_roots', 'torchvision_cifar10',
            'read_official', 'official']
 
-# %% ../nbs/11_sources.ipynb #8d4b2cf0
-import hashlib, http.client, os, tempfile, time, urllib.request
+# %% ../nbs/11_sources.ipynb #a991069b
+import hashlib, http.client, os, time, urllib.request
 from pathlib import Path
 from typing import NamedTuple
 

@@ -55,7 +55,7 @@ def plain_loop(
             for xb, yb in dls.test: test_hits += (model(xb).argmax(1) == yb).sum().item()
         tick()
 
-# %% ../nbs/07_speed.ipynb #9ce05008
+# %% ../nbs/07_speed.ipynb #8a8d096c
 def _loop(net, data, epochs, tick, **loaders): plain_loop(net(), dataloaders(data, **loaders), epochs, tick)
 
 def _fit(step, data, epochs, tick):
@@ -64,8 +64,8 @@ def _fit(step, data, epochs, tick):
 
 WAYS = {"the report's recipe": partial(_loop, TwoConvolutions, num_workers=2),
         'images in memory': partial(_loop, TwoConvolutions),
-        'one convolution': partial(_loop, ImageClassifier),
-        'fit': partial(_fit, train_step), 'fit, compiled_step': partial(_fit, compiled_step)}
+        'one convolution': partial(_loop, ImageClassifier), 'fit': partial(_fit, train_step),
+        'fit, compiled_step': partial(_fit, compiled_step)}
 
 # %% ../nbs/07_speed.ipynb #3ffeec5f
 def _seconds(f, steps, n=8):
@@ -144,41 +144,41 @@ def _on_dask(data, counts):
           Client(cluster) as client, client.get_executor() as executor):
         return _sweep_seconds(data, (slots, *counts), executor)[1:]         # the first one imports torch
 
-# %% ../nbs/07_speed.ipynb #720561a4
-def _table(data, epochs):
+# %% ../nbs/07_speed.ipynb #bb206e06
+def _table(data, epochs, executor=None):
     "The report's three models"
     start = time.perf_counter()
-    runs = sweep(data, epochs=epochs, device='cpu', progress=False)
+    runs = sweep(data, epochs=epochs, device='cpu', progress=False, executor=executor)
     return dict(seconds=round(time.perf_counter() - start, 3), epochs=epochs, runs=len(runs),
                 slots=loky.cpu_count(), memory_mb=max(r['peak_memory_mb'] or 0 for r in runs))
 
-# %% ../nbs/07_speed.ipynb #e7fe26e8
+# %% ../nbs/07_speed.ipynb #27adcc73
 def _part(name, data, plan):
     "Measure a part"
     if name in WAYS | PEERS: return _time_way(name, data, plan['epochs'])
     batch, pool = data.subset(128, 128), ThreadPoolExecutor(1) if plan is _QUICK else None
     return {'convolutions': lambda: convolution_seconds(len(data.x_train), len(data.x_test), plan['steps']),
             'images': lambda: _by_images(data),
-            'table': lambda: _table(data, plan['table']),
+            'table': lambda: _table(data, plan['table'], pool),
             'runs': lambda: _sweep_seconds(data, plan['runs'], pool),
             'one batch': lambda: _sweep_seconds(batch, plan['one_batch'], pool),
             'one batch, Dask': lambda: _on_dask(batch, plan['one_batch'])}[name]()
 
-# %% ../nbs/07_speed.ipynb #8c304c1a
-def _parts(names, source, quick):
-    "Measure some parts: what each gave"
+# %% ../nbs/07_speed.ipynb #96fd6f39
+def _child(args):
+    "Runs in a process of its own: measure parts and print what each gave"
+    names, source, quick = json.loads(args)
     plan = _QUICK if quick else _FULL
     data = load_data(source, download=False).subset(*plan['n'])
-    return {name: _part(name, data, plan) for name in names}
+    print('\n' + json.dumps({name: _part(name, data, plan) for name in names}))
 
-def _measure(*args):
-    "What `_parts` gives in a new process, which sees no graphics card"
-    code = 'import sys, json; from cifar_nbdev.speed import _parts as f; j = json.loads(sys.argv[1]); ' \
-           'print("\\n" + json.dumps(f(*j)))'
-    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, json.dumps(args)], capture_output=True,
-                       text=True, env=os.environ | dict(CUDA_VISIBLE_DEVICES=''))
-    said = (r.stderr.strip() or f'exit status {r.returncode}').splitlines()[-1]
-    if r.returncode: raise RuntimeError(f'measuring {", ".join(args[0])}: {said}')
+def _measure(names, source, quick):
+    "What `_child` prints, in a new process that sees no graphics card"
+    code = 'import sys; from cifar_nbdev.speed import _child; _child(sys.argv[1])'
+    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, json.dumps([names, source, quick])],
+                       capture_output=True, text=True, env=os.environ | dict(CUDA_VISIBLE_DEVICES=''))
+    why = (r.stderr.strip() or f'exit status {r.returncode}').splitlines()[-1]
+    if r.returncode: raise RuntimeError(f'measuring {", ".join(names)}: {why}')
     return json.loads(r.stdout.splitlines()[-1])
 
 # %% ../nbs/07_speed.ipynb #7111c932
@@ -232,7 +232,7 @@ def ratios(
     memory = {'memory (MB)': pd.Series(result['memory_mb'])} if 'memory_mb' in result else {}
     return pd.DataFrame({'seconds': seconds} | beside | memory)
 
-# %% ../nbs/07_speed.ipynb #81f3b6b9
+# %% ../nbs/07_speed.ipynb #e5264107
 #| code-fold: true
 def plot_epochs(
     result: dict,  # What `bench` gives
@@ -243,8 +243,7 @@ def plot_epochs(
     beside = dict(textcoords='offset points', va='center', fontsize='small')
     with figure_style():
         fig, ax = plt.subplots(figsize=(7.5, .42*len(table) + 1.1), layout='constrained')
-        ax.barh(table.index, table['seconds'], height=.65,
-                color=[COLORS[.005] if way in WAYS else '#8a8a8a' for way in table.index])
+        ax.barh(table.index, table.seconds, color=[COLORS[.005 if w in WAYS else .01] for w in table.index])
         for i, (t, seconds, factor) in enumerate(zip(times, table['seconds'], table.iloc[:, 1])):
             ax.plot(t, [i]*len(t), 'o', ms=3.5, mfc='white', mec='black', mew=.8)
             ax.annotate(f'{seconds:.1f} s, {factor:.2f} ×', (max(t), i), (6, 0), **beside)

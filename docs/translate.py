@@ -18,11 +18,17 @@ _NO_EFFECT = {'exports', 'slow', 'cuda', 'trains', 'data'}              # nothin
 _AS_IS = re.compile(r'(^ *```.*?^ *```|^#.*?$|!?\[[^\]]*\]\([^)]*\))', re.M | re.S)    # code, headings, links
 
 
+def _yaml(text):
+    "Names and values, or an error that shows the text"
+    try: return yaml.safe_load(text)
+    except yaml.YAMLError as e: raise ValueError(f'no YAML, quote a value with a colon:\n{text}\n{e}') from e
+
+
 def pop_options(cell):
     "Cut the leading `#| name: value` lines off a code cell; a dict of them, None where there is no value"
     lines, options = cell.source.splitlines(), {}
     while lines and (m := _OPTION.match(lines[0])):
-        options[m[1]] = yaml.safe_load(m[2]) if m[2] else m[3]
+        options[m[1]] = _yaml(f'{m[1]}: {m[2]}')[m[1]] if m[2] else m[3]
         del lines[0]
     cell.source = '\n'.join(lines).strip('\n')
     return options
@@ -36,7 +42,7 @@ def options_of(cell):
 def front_matter(nb):
     "The YAML of a notebook's first raw cell"
     raw = [c.source.strip() for c in nb.cells if c.cell_type == 'raw' and c.source.startswith('---')]
-    return yaml.safe_load(raw[0].strip('-')) if raw else {}
+    return _yaml(raw[0].strip('-')) if raw else {}
 
 
 def page_name(path, front):
@@ -44,10 +50,10 @@ def page_name(path, front):
     return Path(front.get('output-file') or re.sub(r'^\d+[a-z]*_', '', path.name)).stem
 
 
-def definitions(source):
-    "Public functions and classes that Python code defines: line by name"
+def definitions(source, public=True):
+    "Functions and classes that Python code defines: line by name"
     found = (n for n in ast.parse(source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef)))
-    return {n.name: n.lineno for n in found if not n.name.startswith('_')}
+    return {n.name: n.lineno for n in found if not (public and n.name.startswith('_'))}
 
 
 def anchors(names):
@@ -125,12 +131,14 @@ class Translator:
         options = pop_options(cell)
         if _HIDDEN & options.keys() or options.pop('include', True) is False: return []
         names = list(definitions(cell.source)) if 'exports' in options else []
-        summary = options.pop('code-summary', None) or ', '.join(names) or 'The code'
+        summary = options.pop('code-summary', None)
         shown = {'remove-input': options.pop('echo', True) is False,
                  'hide-input': options.pop('code-fold', None) is True,
                  'remove-output': options.pop('output', True) is False}
         settings = _figure(options)
-        if shown['hide-input']: settings |= dict(code_prompt_show=summary, code_prompt_hide=summary)
+        if shown['hide-input']:
+            summary = summary or ', '.join(names or definitions(cell.source, public=False)) or 'The code'
+            settings |= dict(code_prompt_show=summary, code_prompt_hide=summary)
         cell.metadata.update(tags=[tag for tag, on in shown.items() if on], mystnb=settings)
         cell.outputs = [o for o in cell.outputs
                         if o.get('name') != 'stderr' and WIDGET not in o.get('data', {})]

@@ -1,5 +1,5 @@
-"""All tests, for `make test`: each notebook runs once, its outputs compared with those stored, then pytest; the
-last line counts what passed"""
+"""All tests, for `make test`: each notebook runs once, its outputs compared with those stored, then pytest;
+the last line counts what passed"""
 import os, sys
 from pathlib import Path
 

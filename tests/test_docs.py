@@ -100,6 +100,11 @@ def test_an_unknown_option_is_an_error(translator, option):
     with pytest.raises(ValueError, match=option.split(':')[0]): translator.cell(code(f'#| {option}', 'x'))
 
 
+def test_a_caption_that_is_no_yaml_is_named(translator):
+    cell = code('#| fig-cap: a: b', 'x')
+    with pytest.raises(ValueError, match='(?s)quote.*fig-cap: a: b'): translator.cell(cell)
+
+
 @pytest.mark.parametrize('flag', ['trains', 'data', 'slow', 'cuda'])
 def test_a_flag_is_cut_off(translator, flag):
     cell, = translator.cell(code(f'#| {flag}', 'x'))

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import matplotlib
 import nbformat
-import numba
 import numpy as np
 import pytest
 import torch
@@ -171,7 +170,7 @@ def public(body, owner=''):
 
 @pytest.mark.parametrize('module', LAYERS)
 def test_every_public_name_has_a_docstring(module):
-    def said(name): return inspect.getdoc(functools.reduce(getattr, name.split('.'), m))     # or its base class
+    def said(name): return inspect.getdoc(functools.reduce(getattr, name.split('.'), m))    # or its base
     m = import_module(f'cifar_nbdev.{module}')
     assert not [n for n, _ in public(tree(module).body) if n.split('.')[-1] not in PROTOCOL and not said(n)]
 
@@ -183,7 +182,7 @@ def test_every_parameter_has_a_comment_that_help_shows(module):
         f = getattr(m, name)
         f = getattr(f, 'py_func', f)                    # what Numba compiles
         parameters = inspect.signature(f).parameters.values()
-        named = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}     # not *args
+        named = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
         notes = {k: v for k, v in docments(f).items() if k in named}
         assert not [k for k, v in notes.items() if not v], name
         said = ' '.join((f.__doc__ or '').split())
@@ -299,11 +298,11 @@ def arithmetic():
 def global_state():
     "What a library must leave as it found it"
     pools = {p['filepath']: p['num_threads'] for p in threadpool_info()}
+    own = {k: v for k, v in os.environ.items() if not k.startswith('TORCHINDUCTOR')}    # set on its import
     return dict(torch=torch.get_rng_state().tolist(), numpy=[str(part) for part in np.random.get_state()],
                 random=random.getstate(), arithmetic=arithmetic(), pools=pools,
-                threads=(torch.get_num_threads(), torch.get_num_interop_threads(), numba.get_num_threads()),
-                environment=dict(os.environ), folder=os.getcwd(),
-                figures=matplotlib.rcParams.copy() | {'backend': ''})
+                threads=(torch.get_num_threads(), torch.get_num_interop_threads()), environment=own,
+                folder=os.getcwd(), figures=matplotlib.rcParams.copy() | {'backend': ''})
 
 
 def changed(before):
