@@ -39,10 +39,10 @@ def _add_row(x, w0, w1, w2, u0, u1, u2):
             s2 += w2[j] * v
         u0[q], u1[q], u2[q] = s0, s1, s2
 
-# %% ../nbs/12_compiled.ipynb #ac0d8a24
+# %% ../nbs/12_compiled.ipynb #4b638825
 @_inlined
 def _convolve(x, w, b, u):
-    "Convolution of an image (3, 32*32), kernels (O, 3, 5, 5), biases (O,), put into u (O, 28*32); 3 divides O"
+    "Convolution of an image (3, 32*32), kernels (O, 3, 5, 5), biases (O,), put into u (O, 28*32); 3 | O"
     for o in range(0, len(w), 3):
         for t in range(o, o + 3): u[t] = b[t]
         for c in range(3):
@@ -62,10 +62,10 @@ def _add_products(x, d_u0, d_u1, d_w0, d_w1):
     d_w0[0] += s0; d_w0[1] += s1; d_w0[2] += s2; d_w0[3] += s3; d_w0[4] += s4
     d_w1[0] += t0; d_w1[1] += t1; d_w1[2] += t2; d_w1[3] += t3; d_w1[4] += t4
 
-# %% ../nbs/12_compiled.ipynb #5c214ffc
+# %% ../nbs/12_compiled.ipynb #e17867f6
 @_inlined
 def _convolve_backward(x, d_u, d_w):
-    "Gradient of the kernels for an image (3, 32*32) and d_u (O, 28*32), added to d_w (O, 3, 5, 5); 2 divides O"
+    "Gradient of the kernels for an image (3, 32*32) and d_u (O, 28*32), added to d_w (O, 3, 5, 5); 2 | O"
     for o in range(0, len(d_w), 2):
         for c in range(3):
             for i in range(_SIDE): _add_products(x[c, 32*i:], d_u[o], d_u[o+1], d_w[o, c, i], d_w[o+1, c, i])
@@ -100,8 +100,8 @@ def _forward(x, weights, m, a, c, h, z):
         z[j] = head_bias[j]
         for t in range(len(h)): z[j] += _dot(head[j, t], h[t])
 
-# %% ../nbs/12_compiled.ipynb #844376eb
-@njit(nogil=True)
+# %% ../nbs/12_compiled.ipynb #c22fae91
+@njit(nogil=True, fastmath=False)                       # said, or it would inherit them
 def _loss(z, y, n, d_z):
     "Cross-entropy of one image's logits z; d_z is filled with its gradient, divided by n"
     highest, total = z[0], _ZERO
@@ -190,14 +190,14 @@ def convolve_batch(
     "Convolution of a part of a batch, by `run_parts`; sizes are not checked"
     for i in range(start, stop): _convolve(x[i], w, b, u[part])
 
-# %% ../nbs/12_compiled.ipynb #3f60f793
+# %% ../nbs/12_compiled.ipynb #8340512e
 #| code-fold: true
 def convolve_batch_backward(
     part: int,  # Number of a part
     start: int,  # Its first image
     stop: int,  # The image after its last
     x: np.ndarray,  # Images (B, 3, 32*32)
-    d_u: np.ndarray,  # Of each part the gradient for every result (O, 28*32), in rows of 32 that end on four 0
+    d_u: np.ndarray,  # Of each part the gradient for all results (O, 28*32), in rows of 32 that end on four 0
     d_w: np.ndarray,  # Of each part a sum of gradients for the kernels (O, 3, 5, 5), which grows
 ):
     "Gradient of the kernels for a part of a batch, by `run_parts`; sizes are not checked"

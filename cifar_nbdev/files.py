@@ -111,7 +111,7 @@ def _parameters(f):
     lines = [f'    {name}: {" ".join(note.split())}' for name, note in notes.items()]
     return lines + ([f'\nReturns: {" ".join(back.split())}'] if back else [])
 
-# %% ../nbs/10_files.ipynb #e1c1bd30
+# %% ../nbs/10_files.ipynb #063af4df
 def document(
     module: str,  # Its `__name__`
 ):
@@ -119,7 +119,7 @@ def document(
     for name, f in vars(sys.modules[module]).items():
         if name[0] == '_' or getattr(f, '__module__', None) != module or not callable(f): continue
         try: lines = _parameters(f.__init__ if isinstance(f, type) and not is_dataclass(f) else f)
-        except (OSError, TypeError, ValueError): continue           # no source at hand: nothing to add
+        except (OSError, SyntaxError, TypeError, ValueError): continue      # no source at hand
         if lines and 'Parameters:' not in (f.__doc__ or ''):
             f.__doc__ = '\n'.join([f.__doc__ or '', '', 'Parameters:', *lines])
 

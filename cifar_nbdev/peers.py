@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PEERS']
 
-# %% ../nbs/07b_peers.ipynb #e67335eb
+# %% ../nbs/07b_peers.ipynb #d5c17a35
 import os
 
 import torch
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from .files import document
 from .model import ImageClassifier
 
 # %% ../nbs/07b_peers.ipynb #26e27a24
@@ -83,3 +84,6 @@ def _keras(data, epochs, tick):
 
 # %% ../nbs/07b_peers.ipynb #b3a09636
 PEERS = {'Lightning': _lightning, 'skorch': _skorch, 'Keras': _keras}
+
+# %% ../nbs/07b_peers.ipynb #671e1ad5
+document(__name__)

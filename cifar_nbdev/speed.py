@@ -104,9 +104,9 @@ def convolution_seconds(
     return {name: testing + -(-n_train // bs) * sum(_seconds(f, steps) for f in way)
             for name, way in ways.items()}
 
-# %% ../nbs/07_speed.ipynb #8385e00c
+# %% ../nbs/07_speed.ipynb #19a8dd2a
 _FULL = dict(n=(None, None), epochs=2, steps=200, table=30, runs=(1, 2, 4, 8, 12), one_batch=(10, 110))
-_QUICK = dict(n=(600, 200), epochs=1, steps=5, table=2, runs=(1, 2), one_batch=(1, 2))
+_QUICK = dict(n=(300, 100), epochs=1, steps=5, table=2, runs=(1, 2), one_batch=(1, 2))
 
 # %% ../nbs/07_speed.ipynb #1a6d9cc1
 def _time_way(way, data, epochs):
@@ -196,13 +196,13 @@ def _result(found, ways):
     return dict(seconds={w: sum((turn['seconds'] for turn in found[w]), []) for w in ways},
                 memory_mb={w: max(turn['memory_mb'] or 0 for turn in found[w]) for w in ways}, **others)
 
-# %% ../nbs/07_speed.ipynb #dec7b82b
+# %% ../nbs/07_speed.ipynb #2cb5afbd
 def bench(
     data: str | Path = 'auto',  # As for `load_data`; nothing is downloaded
     *,
     rounds: int = 3,  # Turns that each way takes, of two epochs that count and one before that does not
     peers: bool = False,  # Measure other libraries too; the extra `peers` installs them
-    quick: bool = False,  # 600 images, one turn of one epoch, a table of two: to see that it works
+    quick: bool = False,  # 300 images, one turn of one epoch, a table of two: to see that it works
     progress: bool = True,  # Show a bar
 ) -> dict:  # data, env, seconds and memory_mb by way, and what each other part gave
     "Measure all ways to train the report's model, side by side, on the CPU"
@@ -232,7 +232,7 @@ def ratios(
     memory = {'memory (MB)': pd.Series(result['memory_mb'])} if 'memory_mb' in result else {}
     return pd.DataFrame({'seconds': seconds} | beside | memory)
 
-# %% ../nbs/07_speed.ipynb #e5264107
+# %% ../nbs/07_speed.ipynb #1d144294
 #| code-fold: true
 def plot_epochs(
     result: dict,  # What `bench` gives
@@ -243,7 +243,7 @@ def plot_epochs(
     beside = dict(textcoords='offset points', va='center', fontsize='small')
     with figure_style():
         fig, ax = plt.subplots(figsize=(7.5, .42*len(table) + 1.1), layout='constrained')
-        ax.barh(table.index, table.seconds, color=[COLORS[.005 if w in WAYS else .01] for w in table.index])
+        ax.barh(table.index, table.seconds, color=[COLORS[.005] if w in WAYS else 'gray' for w in table.T])
         for i, (t, seconds, factor) in enumerate(zip(times, table['seconds'], table.iloc[:, 1])):
             ax.plot(t, [i]*len(t), 'o', ms=3.5, mfc='white', mec='black', mew=.8)
             ax.annotate(f'{seconds:.1f} s, {factor:.2f} ×', (max(t), i), (6, 0), **beside)

@@ -5,15 +5,13 @@
 # %% auto #0
 __all__ = ['SweepError', 'SweepInterrupt', 'check_sweep', 'sweep']
 
-# %% ../nbs/15_sweep.ipynb #6683e7f7
-import hashlib, inspect, os, re, signal, tempfile, threading, time
+# %% ../nbs/15_sweep.ipynb #63727004
+import hashlib, os, signal, tempfile, threading, time
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
-from importlib import import_module
 from pathlib import Path
-from types import FunctionType, ModuleType
 
 import cloudpickle, loky
 import numpy as np
@@ -23,7 +21,8 @@ from tqdm.auto import tqdm
 
 from .data import ImageData
 from .files import document, pick_device, progress_bar
-from .model import code_sha256, function_code
+from .fingerprint import OtherCodeError, differences, fingerprint
+from .model import code_sha256
 from .runs import Settings, load_run, run_name, save_run, train_run
 
 # %% ../nbs/15_sweep.ipynb #c64927df
@@ -64,85 +63,27 @@ def _images(shared, device):
     if not Path(shared[0]).is_dir(): raise _Dropped     # started when its sweep was over
     return _mapped(*shared, device)
 
-# %% ../nbs/15_sweep.ipynb #0137cd89
-_PARTS = 'data', 'model', 'train', 'machine', 'compiled', 'captured', 'readings', 'runs', 'sweep'
-
-def _content(v, depth=5):
-    "What a function or a constant is, as text that is the same in every process; None: nothing that tells"
-    v = getattr(v, '__func__', getattr(v, 'fget', v))               # of a class or static method, a property
-    if not depth: return None
-    if isinstance(v, FunctionType):                     # a wrapper has its function in its closure
-        return function_code(v) + ''.join(str(_content(c.cell_contents, depth - 1)) for c in v.__closure__ or ())
-    if hasattr(v, '__wrapped__'): return _content(v.__wrapped__, depth - 1)     # compiled, or cached
-    if isinstance(v, (bool, int, float, str, type)): return repr(v)
-    if isinstance(v, dict): v = tuple(v.items())
-    if isinstance(v, (tuple, list, set, frozenset)):
-        texts = [str(_content(x, depth - 1)) for x in v]
-        return repr(sorted(texts) if isinstance(v, (set, frozenset)) else texts)    # a set has no order
-
-# %% ../nbs/15_sweep.ipynb #8dd9d696
-def _names(code):
-    "Names that a function uses, and the functions within it"
-    return {*code.co_names}.union(*(_names(c) for c in code.co_consts if hasattr(c, 'co_names')))
-
-def _from_torch(f):
-    "Functions and layers of torch.nn that a function names, and what was put into PyTorch from elsewhere"
-    def root(v): return (getattr(v, '__module__', None) or '').split('.')[0]
-    def is_torch(m): return isinstance(m, ModuleType) and m.__name__.split('.')[0] == 'torch'
-    f = inspect.unwrap(f)
-    names, found = _names(f.__code__), {}
-    modules = [m for n in names if is_torch(m := f.__globals__.get(n))]
-    for m in modules:                                   # grows: torch, torch.nn, torch.nn.functional
-        for n in names & vars(m).keys():
-            v = vars(m)[n]
-            if is_torch(v) and v not in modules: modules.append(v)
-            methods = {f'.{k}': vars(v).get(k) for k in ('__init__', 'forward')} if isinstance(v, type) else {'': v}
-            found |= {f'{m.__name__}.{n}{k}': w for k, w in methods.items() if isinstance(w, FunctionType)
-                      and (m.__name__.startswith('torch.nn') or root(w) != 'torch')}
-    return found
-
-# %% ../nbs/15_sweep.ipynb #8ad23d4c
-def _members(module, name, v):
-    "A function or a constant of a module by its whole name, or all that a class of it has"
-    home, path = getattr(v, '__module__', None) or module, f'{module}.{name}'
-    if home.split('.')[0] not in ('cifar_nbdev', '__main__') or name[:2] == '__': return {}
-    if home not in (module, '__main__'): return {path: f'{home}.{getattr(v, "__qualname__", "")}'}       # imported
-    if isinstance(v, type):
-        return {f'{path}.{k}': m for k, m in vars(v).items() if callable(m) or hasattr(m, 'fget') or k[0] != '_'}
-    return {path: v} if callable(v) or name[0] != '_' else {}       # private variables may change as it works
-
-def _code(model_sha256=None):
-    "The code that a run uses, in this process: name -> hash of what it does; the user's own net as `model=`"
-    found = {'model=': model_sha256} if model_sha256 else {}
-    for module in [f'cifar_nbdev.{part}' for part in _PARTS]:
-        for name, v in vars(import_module(module)).items(): found |= _members(module, name, v)
-    for f in [f for f in found.values() if isinstance(f, FunctionType)]: found |= _from_torch(f)
-    return {k: hashlib.sha256(c.encode()).hexdigest()[:8] for k, v in found.items() if (c := _content(v))}
-
+# %% ../nbs/15_sweep.ipynb #b290930b
 def _digest(code): return hashlib.sha256(repr(sorted(code.items())).encode()).hexdigest()
 
-# %% ../nbs/15_sweep.ipynb #9f98156e
-class _OtherCode(Exception): "A worker process has other code than its sweep; the argument is what it has"
-
 def _check_code(job, data):
-    "In a worker process: raise an `_OtherCode` if its code is not that of the sweep"
+    "In a worker process: raise an `OtherCodeError` if its code is not that of the sweep"
     net = job.model and cloudpickle.loads(job.model)(data, job.settings.seed)
-    found = _code(net and code_sha256(net))
-    if _digest(found) != job.code: raise _OtherCode(found)
+    code = fingerprint(net and code_sha256(net))
+    if _digest(code) != job.code: raise OtherCodeError(code)
 
-def _refusal(ours, theirs):
+def _refusal(differ):
     "The error for the user: which functions differ, and what to do"
-    differ = sorted(k for k in ours | theirs if ours.get(k) != theirs.get(k))
     more = f' and {len(differ) - 3} more' if len(differ) > 3 else ''
-    return ValueError(f"{', '.join(differ[:3])}{more}: not the same in this session as in worker processes, which import "
-                      'the package anew. Pass your own net as model=f, restart the session after editing files, '
-                      'or train in this process: executor=ThreadPoolExecutor(1)')
+    return ValueError(f"{', '.join(differ[:3])}{more}: not the same in this session as in worker processes, "
+                      'which import the package anew. Pass your own net as model=f, restart after '
+                      'editing files, or train in this process: executor=ThreadPoolExecutor(1)')
 
-# %% ../nbs/15_sweep.ipynb #b2f4cc75
+# %% ../nbs/15_sweep.ipynb #5314aa2d
 class _Paused(Exception): "A run has come to the epoch at which it is put aside"
 
 class _Watch:
-    "Callback of a run in a worker: tells the sweep how far it is, and ends when it is put aside or the sweep is over"
+    "Callback of a run in a worker: says how far it is, and ends it when it is put aside or its sweep is over"
     def __init__(self, job):
         self.job, self.scratch, self.checked = job, Path(job.scratch), time.monotonic()
         self.seen = not job.code or (self.scratch/'open').exists()      # not on a machine without our disk
@@ -182,7 +123,7 @@ def _work(job, shared):
     checkpoint.unlink(missing_ok=True)
     return run, {k: v.cpu() for k, v in model.state_dict().items()} if job.out and not here else None
 
-# %% ../nbs/15_sweep.ipynb #78d3fd8d
+# %% ../nbs/15_sweep.ipynb #18bf68d5
 def _begin(parent):
     "In a worker process: leave Ctrl-C to the sweep, and end when its process is gone"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -197,14 +138,15 @@ def _workers(executor, threads, slots):
     if executor or threads:
         with nullcontext(executor) if executor else ThreadPoolExecutor(slots) as pool: yield pool
         return
-    pool = loky.ProcessPoolExecutor(slots, initializer=_begin, initargs=(os.getpid(),), env={'OMP_NUM_THREADS': '1'})
+    pool = loky.ProcessPoolExecutor(slots, initializer=_begin, initargs=(os.getpid(),),
+                                    env={'OMP_NUM_THREADS': '1'})
     try: yield pool
     except BaseException:
         pool.shutdown(kill_workers=True)
         raise
     pool.shutdown()
 
-# %% ../nbs/15_sweep.ipynb #6e411113
+# %% ../nbs/15_sweep.ipynb #cf1bd78e
 def _submit(pool, job, shared):
     "A future of the run, whatever the state of the executor"
     from cifar_nbdev.sweep import _work                 # by module: other processes see no notebook's cells
@@ -216,14 +158,15 @@ def _submit(pool, job, shared):
 def _take(future, job, runs):
     "Put into `runs` what a future gives, the run or its error; True: it was put aside"
     try: run, weights = future.result()
-    except _OtherCode as e: raise _refusal(_code(job.model_sha256), e.args[0]) from None
+    except OtherCodeError as e:
+        raise _refusal(differences(fingerprint(job.model_sha256), e.fingerprint)) from None
     except Exception as e: run = weights = e
     if isinstance(weights, dict) and not (Path(job.out)/f'{job.name}.json').exists():
         save_run(run, job.out, weights)                 # from a machine without our disk
     if run is not None: runs[job.name] = run
     return run is None
 
-# %% ../nbs/15_sweep.ipynb #fc2d2d97
+# %% ../nbs/15_sweep.ipynb #e7d9d1d0
 def _collect(jobs, shared, pool, runs, bar):
     "Submit jobs and take what they give, until none is left"
     scratch, epochs = Path(jobs[0].scratch), jobs[0].settings.epochs
@@ -236,34 +179,37 @@ def _collect(jobs, shared, pool, runs, bar):
                 if _take(f, job := futures.pop(f), runs):
                     futures[_submit(pool, replace(job, pause=None), shared)] = job
             seen = sum(p.stat().st_size for p in scratch.glob('*.epochs'))
-            bar.n = max(seen, bar.total - epochs * len(futures))        # a machine without our disk is not seen
+            bar.n = max(seen, bar.total - epochs * len(futures))    # a machine without our disk is not seen
             bar.refresh()
-    finally:                                            # after an interrupt: runs on their way end at their next batch
+    finally:                                            # after an interrupt, runs end at their next batch
         (scratch/'open').unlink()
         wait([f for f in futures if not f.cancel()], 5)
 
-# %% ../nbs/15_sweep.ipynb #323e71d7
+# %% ../nbs/15_sweep.ipynb #d24544c1
 def _do(jobs, data, executor, workers, runs, progress):
-    "Do jobs: `runs` gets by name each run, or the error that it ended with"
-    if not jobs: return
+    "Do jobs: `runs` gets by name each run, or the error that it ended with; True: Ctrl-C came first"
     device, epochs = torch.device(jobs[0].device), jobs[0].settings.epochs
     threads = isinstance(executor, ThreadPoolExecutor) or not executor and device.type == 'cuda'
     slots = min(workers or {'cpu': loky.cpu_count(), 'cuda': 4}.get(device.type, 1), len(jobs))
     aside = 0 if executor or threads else len(jobs) % slots
-    codes = {sha: None if threads else _digest(_code(sha)) for sha in {job.model_sha256 for job in jobs}}
+    nets = {job.model_sha256 for job in jobs}
+    codes = {sha: None if threads else _digest(fingerprint(sha)) for sha in nets}
     with (tempfile.TemporaryDirectory(prefix='sweep-') as scratch, torch.random.fork_rng(devices=[]),
-          progress_bar(progress, total=len(jobs) * epochs, unit='epoch', desc=f'{len(jobs)} runs') as bar):
+          progress_bar(progress, total=len(jobs) * epochs, unit='epoch', desc='sweep') as bar):
         shared = _share(data, scratch, executor, threads, device)
-        jobs = [replace(job, scratch=scratch, code=codes[job.model_sha256], pause=epochs // 2 if i < aside else None)
-                for i, job in enumerate(jobs)]
-        for attempt in range(1 if executor or threads else 3):
-            with _workers(executor, threads, slots) as pool: _collect(jobs, shared, pool, runs, bar)
-            jobs = [job for job in jobs if isinstance(runs[job.name], BrokenExecutor)]
-            if not jobs: break
+        jobs = [replace(job, scratch=scratch, code=codes[job.model_sha256],
+                        pause=epochs // 2 if i < aside else None) for i, job in enumerate(jobs)]
+        try:
+            for attempt in range(1 if executor or threads else 3):
+                with _workers(executor, threads, slots) as pool: _collect(jobs, shared, pool, runs, bar)
+                jobs = [job for job in jobs if isinstance(runs[job.name], BrokenExecutor)]
+                if not jobs: break
+        except KeyboardInterrupt: return True
+    return False
 
-# %% ../nbs/15_sweep.ipynb #42ed0386
+# %% ../nbs/15_sweep.ipynb #f4a3be77
 class SweepError(RuntimeError):
-    "Some runs of a sweep failed: `runs` has those that finished, `errors` says by name what happened to others"
+    "Some runs of a sweep failed: `runs` has those that finished, `errors` those that did not, by name"
     def __init__(self, errors, runs):
         super().__init__(f'{len(errors)} of {len(errors) + len(runs)} runs failed:\n' +
                          '\n'.join(f'  {name}: {type(e).__name__}: {e}' for name, e in errors.items()))
@@ -276,7 +222,7 @@ class SweepInterrupt(KeyboardInterrupt):
         super().__init__(f'{len(runs)} of {total} runs finished. {where}')
         self.runs = runs
 
-# %% ../nbs/15_sweep.ipynb #cf0111f7
+# %% ../nbs/15_sweep.ipynb #75a4c650
 def _listed(name, values):
     if isinstance(values, str) or not hasattr(values, '__iter__'):
         raise ValueError(f'{name} is {values!r}, wanted a list: [{values!r}]')
@@ -296,31 +242,40 @@ def check_sweep(
     known = [f.name for f in fields(Settings) if f.name not in ('lr', 'seed', *ours)]
     for name in settings:
         if name not in known: raise ValueError(f'unknown setting {name!r}, wanted one of {", ".join(known)}')
-    if model is not None and not callable(model): raise ValueError(f'model is {model!r:.60}, wanted f(data, seed)')
+    if model and not callable(model): raise ValueError(f'model is {model!r:.60}, wanted f(data, seed)')
     if workers is not None and workers < 1: raise ValueError(f'workers is {workers}, wanted 1 or more')
     pick_device(device)
     if model: settings['reading'] = 'own: ' + getattr(model, '__name__', type(model).__name__).strip('<>')
     lrs, seeds = _listed('lrs', lrs), _listed('seeds', seeds)
     return [Settings(lr=lr, seed=seed, **settings) for lr in lrs for seed in seeds]
 
-# %% ../nbs/15_sweep.ipynb #032c5bef
+# %% ../nbs/15_sweep.ipynb #35536a8a
 def _jobs(data, configs, device, out, model):
     "A job for each run, by name"
-    shas, jobs = {c.seed: None for c in configs}, {}
-    for seed in shas if model else ():
+    jobs, shas, sha256, pickled = {}, {}, data.sha256, model and cloudpickle.dumps(model)
+    for seed in {c.seed for c in configs} if model else ():
         with torch.random.fork_rng(devices=[]): shas[seed] = code_sha256(model(data, seed))
     for c in configs:
-        name = run_name(asdict(c), data.sha256, shas[c.seed])
-        jobs[name] = _Job(name, c, str(device), model and cloudpickle.dumps(model), shas[c.seed], out and str(out))
+        name = run_name(asdict(c), sha256, shas.get(c.seed))
+        jobs[name] = _Job(name, c, str(device), pickled, shas.get(c.seed), out and str(out))
     return jobs
 
-# %% ../nbs/15_sweep.ipynb #6f96c526
+# %% ../nbs/15_sweep.ipynb #babaaba2
+def _result(jobs, runs, stopped, out):
+    "Runs in the order of jobs; or what went wrong, and the runs that had finished"
+    errors = {name: runs.pop(name) for name in jobs if isinstance(runs.get(name), Exception)}
+    done = [runs[name] for name in jobs if name in runs]
+    if stopped: raise SweepInterrupt(done, len(jobs), out)
+    if errors: raise SweepError(errors, done)
+    return done
+
+# %% ../nbs/15_sweep.ipynb #3f46e6d3
 def sweep(
     data: ImageData,  # What to train and test on
     lrs=(0.005, 0.01, 0.0001),  # Learning rates
     seeds=(0,),  # Each learning rate is run with each of them
     *,
-    model=None,  # Gives a net of your own, f(data, seed); None: the report's, by `reading`, `init` and `change`
+    model=None,  # Gives a net of your own, f(data, seed); None: ours, by `reading`, `init` and `change`
     device: str | torch.device | None = None,  # None: the best one here
     workers: int | None = None,  # Runs at a time; None: one per core, on CUDA four
     out: str | Path | None = None,  # Folder for runs' JSON and weights; runs found there are not done again
@@ -329,18 +284,14 @@ def sweep(
     **settings,  # Of all runs, as in `Settings`: momentum, weight_decay, epochs, bs, reading, init, change
 ) -> list:  # Runs, for each learning rate those of each seed
     "Train a model for each learning rate and seed"
-    configs, out = check_sweep(lrs, seeds, device, workers, model, **settings), out and Path(out).expanduser().resolve()
+    out = out and Path(out).expanduser().resolve()
+    configs = check_sweep(lrs, seeds, device, workers, model, **settings)
     jobs = _jobs(data, configs, pick_device(device), out, model)
     runs = {name: load_run(file) for name in jobs if out and (file := out/f'{name}.json').exists()}
-    missing, stopped = [job for name, job in jobs.items() if name not in runs], False
+    missing = [job for name, job in jobs.items() if name not in runs]
     if out: out.mkdir(parents=True, exist_ok=True)
-    try: _do(missing, data, executor, workers, runs, progress)
-    except KeyboardInterrupt: stopped = True
-    errors = {name: runs.pop(name) for name in jobs if isinstance(runs.get(name), Exception)}
-    done = [runs[name] for name in jobs if name in runs]
-    if stopped: raise SweepInterrupt(done, len(jobs), out)
-    if errors: raise SweepError(errors, done)
-    return done
+    stopped = bool(missing) and _do(missing, data, executor, workers, runs, progress)
+    return _result(jobs, runs, stopped, out)
 
 # %% ../nbs/15_sweep.ipynb #671e1ad5
 document(__name__)

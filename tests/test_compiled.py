@@ -2,9 +2,12 @@
 import functools, math, os, subprocess, sys, threading, warnings
 from concurrent.futures import ThreadPoolExecutor
 
+import numba
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from numba.core.caching import CacheImpl, IndexDataCacheFile
 from torch import nn
 
 from cifar_nbdev import compiled, machine
@@ -51,7 +54,7 @@ def test_training_is_as_near_to_float64_as_autograd(small, threads):
     exact = trained(train_step, batches(small, dtype=torch.float64), model=ImageClassifier(seed=0).double())
     found = [trained(step, batches(small)) for step in (compiled_step, train_step)]
     assert not torch.equal(*found)
-    for w in found: torch.testing.assert_close(w.double(), exact, atol=1e-6, rtol=0)
+    for w in found: torch.testing.assert_close(w.double(), exact, atol=5e-6, rtol=0)
 
 
 @pytest.mark.parametrize('n', [1, 7, 8, 50, 128])
@@ -272,7 +275,9 @@ def test_the_limit_is_for_one_thread_alone_and_ends_with_an_error(small, threads
             t = elsewhere(); t.start(); t.join()
     assert found[0] == found[1]
     with pytest.raises(ZeroDivisionError):
-        with compiled_step.around(): compiled_step(model, sgd(model), *batches(small)[0]); raise ZeroDivisionError
+        with compiled_step.around():
+            compiled_step(model, sgd(model), *batches(small)[0])
+            raise ZeroDivisionError
     assert torch.get_num_threads() == threads
 
 
@@ -293,7 +298,7 @@ def test_a_forked_process_starts_threads_of_its_own(tmp_path):
     assert python(code, cwd=tmp_path).stdout.strip() == '0'
 
 
-# ---- the compiler and its cache, each time in new processes
+# ---- the compiler and its cache: the loops in new processes, and what can go wrong with a small function
 
 STEPS = '''if True:
     import hashlib, sys, torch
@@ -317,64 +322,81 @@ def bits(folder, code=STEPS, **env):
     return r.stdout.strip(), said
 
 
-@pytest.fixture(scope='module')
-def cold(tmp_path_factory):
-    "A cache folder that a first process filled, the bits that this process got, and what it said"
-    folder = tmp_path_factory.mktemp('cold')
-    return folder, *bits(folder)
+def test_cold_warm_and_damaged_caches_give_the_same_bits(tmp_path):
+    out, said = bits(tmp_path)
+    files = list((tmp_path / 'cache').rglob('*.nb?'))
+    assert out.endswith('True') and len(files) == 2
+    assert len(said) == 1 and str(files[0].parent) in said[0] and 'for the next time' in said[0]
+    assert bits(tmp_path, OMP_NUM_THREADS=1) == (out, [])
+    for f in files: f.write_bytes(f.read_bytes()[:20])
+    silent = STEPS.replace('import hashlib', 'sys = __import__("sys"); sys.stderr = None; import hashlib')
+    assert bits(tmp_path, silent) == (out, [])
+    assert not list((tmp_path / 'cache').rglob('*.nb?'))
+    how = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=tmp_path,
+               env=clean_env(NUMBA_CACHE_DIR=tmp_path / 'cache'))
+    running = [subprocess.Popen([sys.executable, '-c', STEPS], **how) for _ in range(2)]    # made anew
+    assert [p.communicate()[0].strip() for p in running] == [out] * 2
 
-
-def files(folder): return sorted((folder / 'cache').rglob('*.nb?'))
-
-
-def test_a_cold_and_a_warm_cache_give_the_same_bits(cold):
-    folder, out, said = cold
-    assert out.endswith('True') and len(files(folder)) == 2
-    assert len(said) == 1 and str(files(folder)[0].parent) in said[0] and 'for the next time' in said[0]
-    for n in (1, 2): assert bits(folder, OMP_NUM_THREADS=n) == (out, [])
-
-
-@pytest.mark.parametrize('damage', ['cut', 'empty', 'index', 'garbage'])
-def test_a_damaged_cache_is_said_in_one_line_and_made_anew(cold, tmp_path, damage):
-    folder, out, _ = cold
-    (tmp_path / 'cache').mkdir()
-    for f in files(folder):
-        copy = tmp_path / f.relative_to(folder)
-        copy.parent.mkdir(exist_ok=True)
-        data = f.read_bytes()
-        if damage != 'index' or f.suffix == '.nbi':
-            data = {'cut': data[:20], 'empty': b'', 'index': data[:-5], 'garbage': b'not a pickle'}[damage]
-        copy.write_bytes(data)
-    found, said = bits(tmp_path)
-    assert found == out
-    said = [line for line in said if 'RuntimeWarning' in line]
-    assert len(said) == 1 and str(tmp_path / 'cache') in said[0] and '_forward_backward' in said[0]
-    assert not files(tmp_path)
-
-
-def test_a_cache_that_cannot_be_written_is_said_in_one_line(cold, tmp_path):
-    full = '''if True:
-        from numba.core.caching import IndexDataCacheFile
-        def save(*args): raise OSError(28, 'No space left on device')
-        IndexDataCacheFile.save = save
-    '''
-    found, said = bits(tmp_path, full + STEPS[len('if True:'):])
-    assert found == cold[1]
-    said = [line for line in said if 'RuntimeWarning' in line]
-    assert len(said) == 1 and 'No space left' in said[0] and str(tmp_path / 'cache') in said[0]
-
-
-def test_no_folder_for_a_cache_at_all(monkeypatch):
-    from numba.core.caching import CacheImpl
-    monkeypatch.setattr(CacheImpl, '_locator_classes', [])
-    with pytest.warns(RuntimeWarning) as said: assert machine_code(doubled, one := torch.ones(1).numpy())
-    line, = (str(w.message) for w in said)
-    assert 'no locator' in line and len(line.splitlines()) == 1
-    machine_code(doubled)(0, 0, 1, one)
-    assert one == 2
 
 def doubled(part, start, stop, x):
     for i in range(start, stop): x[i] *= 2
+
+
+def doubles(folder=None):
+    "Use a function as if for the first time in this process; the line that is said, if one is"
+    machine._made.pop(doubled, None)
+    x = np.ones(4, np.float32)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        machine_code(doubled, x)(0, 1, 3, x)
+    assert x.tolist() == [1, 2, 2, 1] and len(said) <= 1
+    line = str(said[0].message) if said else ''
+    assert len(line.splitlines()) <= 1 and (not line or str(folder) in line and 'doubled' in line)
+    return line
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    "A cache folder with compiled code in it"
+    monkeypatch.setattr(numba.config, 'CACHE_DIR', str(tmp_path / 'cache'))
+    assert doubles() == '' and len(list((tmp_path / 'cache').rglob('*doubled*.nb?'))) == 2
+    assert doubles() == ''
+    return tmp_path / 'cache'
+
+
+@pytest.mark.parametrize('ending', ['nbi', 'nbc', 'nb?'])
+@pytest.mark.parametrize('damage', [lambda b: b[:20], lambda b: b[:-5], lambda b: b'', lambda b: b'what?'])
+def test_a_damaged_cache_is_said_in_one_line_and_made_anew(cache, ending, damage):
+    other = cache / 'compiled.other-1.py311.nbi'
+    other.touch()
+    for f in cache.rglob(f'*doubled*.{ending}'): f.write_bytes(damage(f.read_bytes()))
+    assert 'for this process alone' in doubles(cache)
+    assert not list(cache.rglob('*doubled*.nb?')) and other.exists()
+    assert doubles() == '' and len(list(cache.rglob('*doubled*.nb?'))) == 2 and doubles() == ''
+
+
+def test_an_index_without_its_data_is_no_more_than_a_new_start(cache):
+    for f in cache.rglob('*doubled*.nbc'): f.unlink()
+    assert doubles() == '' and len(list(cache.rglob('*doubled*.nbc'))) == 1
+
+
+@pytest.mark.parametrize('error', [OSError(28, 'Disk full'), PermissionError(13, 'Not permitted')])
+def test_a_cache_that_cannot_be_written_is_said_in_one_line(cache, monkeypatch, error):
+    def save(*args): raise error
+    monkeypatch.setattr(IndexDataCacheFile, 'save', save)
+    for f in cache.rglob('*doubled*'): f.unlink()
+    assert error.strerror in doubles(cache)
+
+
+def test_no_folder_for_a_cache_at_all(cache, monkeypatch):
+    monkeypatch.setattr(CacheImpl, '_locator_classes', [])
+    assert 'no locator' in doubles(cache)
+
+
+def test_without_jit_there_is_no_machine_code(monkeypatch):
+    monkeypatch.setattr(numba.config, 'DISABLE_JIT', 1)
+    monkeypatch.setattr(machine, '_made', {})
+    with pytest.warns(RuntimeWarning, match='NUMBA_DISABLE_JIT is set'): assert not available()
 
 
 def test_without_a_compiler_it_is_the_plain_step_and_one_line_says_so(small, monkeypatch, threads):
@@ -395,22 +417,6 @@ def trained_plainly(model, batches):
     for _ in range(2):
         for xb, yb in batches: train_step(model, opt, xb, yb)
     return weights(model)
-
-
-def test_no_standard_error_and_no_jit(cold, tmp_path):
-    closed = bits(tmp_path, STEPS.replace('import hashlib', 'import sys; sys.stderr = None; import hashlib'))
-    assert closed == (cold[1], [])
-    found, said = bits(tmp_path, NUMBA_DISABLE_JIT=1)
-    assert found.endswith('False') and len(said) == 1 and 'NUMBA_DISABLE_JIT' in said[0]
-
-
-def test_several_processes_may_compile_at_once(cold, tmp_path):
-    env = clean_env(NUMBA_CACHE_DIR=tmp_path / 'cache', OMP_NUM_THREADS=1)
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    command = [sys.executable, '-c', STEPS]
-    running = [subprocess.Popen(command, cwd=tmp_path, env=env, **pipes) for _ in range(2)]
-    assert [p.communicate()[0].strip() for p in running] == [cold[1]] * 2
-    assert bits(tmp_path) == (cold[1], [])
 
 
 def test_several_threads_may_ask_at_once(monkeypatch):

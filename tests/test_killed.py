@@ -8,7 +8,7 @@ import torch
 from cifar_nbdev.data import dataloaders, shapes10
 from cifar_nbdev.files import atomic_write
 from cifar_nbdev.model import ImageClassifier
-from cifar_nbdev.runs import (Settings, load_runs, load_weights, run_name, save_run, train_run, weights_sha256)
+from cifar_nbdev.runs import Settings, load_runs, load_weights, run_name, save_run, train_run, weights_sha256
 from cifar_nbdev.sweep import _Dropped, _Job, _work, sweep
 from cifar_nbdev.train import fit
 from conftest import clean_env, hashes, python
@@ -153,7 +153,8 @@ def test_a_killed_sweep_goes_on_to_the_same_weights(tmp_path):
 def test_no_worker_outlives_its_sweep(tmp_path):
     psutil = pytest.importorskip('psutil')
     long = SWEEP.replace('epochs=6', 'epochs=10_000')
-    process = subprocess.Popen([sys.executable, '-c', long], cwd=tmp_path, env=clean_env(), stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, '-c', long], cwd=tmp_path, env=clean_env(),
+                               stderr=subprocess.PIPE)
     try:
         wait_for(lambda: list((tmp_path/'runs').glob('[!.]*.ckpt')), process)
         children = psutil.Process(process.pid).children(recursive=True)
@@ -220,14 +221,15 @@ def test_a_run_put_aside_halfway_ends_with_the_same_weights(small, tmp_path):
 
 def test_a_run_is_put_aside_at_the_epoch_asked_for(small, tmp_path):
     settings = Settings(lr=.01, epochs=3)
-    (tmp_path/'open').touch()                                                       # as while the sweep is there
+    (tmp_path/'open').touch()                           # as while the sweep is there
     job = _Job('run', settings, 'cpu', scratch=str(tmp_path), pause=2)              # no folder for results
     assert _work(job, small) == (None, None)
     epochs = torch.load(tmp_path/'run.ckpt', weights_only=True)['epochs']
     assert [e['epoch'] for e in epochs] == [1, 2]
     run, weights = _work(replace(job, pause=None), small)
     assert run['epochs'][:2] == epochs and len(run['epochs']) == 3 and not weights
-    assert run['weights_sha256'] == train_run(small, settings, device='cpu', progress=False)[0]['weights_sha256']
+    alone, _ = train_run(small, settings, device='cpu', progress=False)
+    assert run['weights_sha256'] == alone['weights_sha256']
     assert sorted(p.name for p in tmp_path.iterdir()) == ['open', 'run.epochs']
 
 

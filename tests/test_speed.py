@@ -26,7 +26,7 @@ def quick():
 def test_every_way_is_measured(quick):
     assert list(quick['seconds']) == list(quick['memory_mb']) == list(WAYS)
     assert all(len(t) == 1 and t[0] > 0 for t in quick['seconds'].values())
-    assert quick['data'] == dict(name='shapes10 (synthetic)', n_train=600, n_test=200)
+    assert quick['data'] == dict(name='shapes10 (synthetic)', n_train=300, n_test=100)
     assert quick['env']['device'] == 'cpu' and quick['env']['step'] == 'compiled_step'
     assert all(quick['env'][k] for k in ('cifar_nbdev', 'torch', 'numpy', 'numba', 'threads'))
 
@@ -34,7 +34,7 @@ def test_every_way_is_measured(quick):
 def test_every_other_part_is_measured(quick):
     assert [c.keys() for c in quick['convolutions']] == [{'PyTorch', 'compiled'}]
     assert min(quick['convolutions'][0].values()) > 0
-    assert [n for n, _ in quick['images']] == [120, 240, 360, 480, 600]
+    assert [n for n, _ in quick['images']] == [60, 120, 180, 240, 300]
     assert [n for n, _ in quick['runs']] == [n for n, _ in quick['one batch']] == [1, 2]
     assert quick['table']['runs'] == 3 and quick['table']['epochs'] == 2 and quick['table']['seconds'] > 0
 
