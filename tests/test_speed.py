@@ -19,7 +19,7 @@ from conftest import save_npz
 def quick():
     "What `bench(quick=True)` gives, as it comes back from a file"
     with pytest.MonkeyPatch.context() as m:
-        m.delenv('CIFAR_NBDEV_DATA', raising=False)
+        m.setenv('OMP_NUM_THREADS', '1')                # several wait for each other on busy cores
         return json.loads(json.dumps(bench('shapes10', quick=True, progress=False)))
 
 
@@ -86,14 +86,14 @@ def test_bad_arguments(monkeypatch):
     with pytest.raises(ValueError, match='rounds is 0, wanted 1 or more'): bench('shapes10', rounds=0)
     with pytest.raises(ValueError, match="unknown source 'nowhere'"): bench('nowhere')
     monkeypatch.setattr('cifar_nbdev.speed.find_spec', lambda name: None)
-    with pytest.raises(ValueError, match="lightning, skorch, keras not installed: pip install -e '.*peers.*'"):
+    with pytest.raises(ValueError, match="lightning, skorch, keras not installed: pip install .*peers.*"):
         bench('shapes10', peers=True)
     monkeypatch.setattr('torch.cuda.device_count', lambda: 0)
     with pytest.raises(ValueError, match="device 'cuda' is not there"): bench_cuda('shapes10')
 
 
 def test_a_part_that_fails_is_named_in_one_line(monkeypatch):
-    for stderr, why in (('Traceback\n  in f\nValueError: no images\n', 'ValueError: no images'), ('', 'exit status -9')):
+    for stderr, why in (('in f\nValueError: no images\n', 'ValueError: no images'), ('', 'exit status -9')):
         monkeypatch.setattr('subprocess.run', lambda *args, **kwargs: CompletedProcess(args, -9, '', stderr))
         with pytest.raises(RuntimeError, match=f'^measuring fit, images: {why}$'):
             speed._measure(['fit', 'images'], 'shapes10', True)
