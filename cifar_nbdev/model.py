@@ -153,7 +153,7 @@ def _code(c):
               else repr(k) for k in c.co_consts]
     return c.co_code.hex(), c.co_names, c.co_varnames, tuple(consts)
 
-# %% ../nbs/01_model.ipynb #2b5ba0b3
+# %% ../nbs/01_model.ipynb #36a5504e
 def function_code(
     f,  # A function
 ) -> str:  # Text that is equal when the code is
@@ -166,7 +166,7 @@ def code_sha256(
     "Hash of a model's layers and of its classes' methods"
     classes = {c for m in model.modules() for c in type(m).__mro__
                if c.__module__.split('.')[0] not in ('torch', 'builtins')}
-    methods = sorted(f'{c.__qualname__}.{name} {function_code(f)}' for c in classes
+    methods = sorted(f'{c.__name__}.{name} {function_code(f)}' for c in classes
                      for name, f in vars(c).items() if isinstance(f, FunctionType))
     shapes = {k: (list(v.shape), str(v.dtype)) for k, v in model.state_dict().items()}
     return hashlib.sha256(repr((str(model), shapes, methods)).encode()).hexdigest()

@@ -173,7 +173,7 @@ def load_weights(
     load_state(model, state, path)
     return model
 
-# %% ../nbs/14_runs.ipynb #8e33e25f
+# %% ../nbs/14_runs.ipynb #d7f32e06
 #| code-fold: true
 def train_run(
     data: ImageData,  # What to train and test on
@@ -186,7 +186,9 @@ def train_run(
 ) -> tuple[dict, nn.Module]:  # The run, as in its JSON, and the trained model
     "Train one model from a seed"
     start, device = time.perf_counter(), pick_device(device)
-    net = model(data, settings.seed) if model else new_model(data, settings)
+    with torch.random.fork_rng(devices=[], enabled=model is not None):  # for a net that ignores its seed
+        if model: torch.manual_seed(settings.seed)
+        net = model(data, settings.seed) if model else new_model(data, settings)
     s, step = settings, step or pick_step(net.to(device), device)
     history = fit(net, dataloaders(data, s.bs, seed=s.seed), s.epochs, s.lr, s.momentum, s.weight_decay,
                   device=device, step=step, schedule=CHANGES.get(s.change, {}).get('schedule'), **kwargs)

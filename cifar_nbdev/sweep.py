@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['SweepError', 'SweepInterrupt', 'check_sweep', 'sweep']
 
-# %% ../nbs/15_sweep.ipynb #63727004
-import hashlib, os, signal, tempfile, threading, time
+# %% ../nbs/15_sweep.ipynb #e3a26944
+import copyreg, hashlib, os, signal, tempfile, threading, time
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 
 import cloudpickle, loky
@@ -249,7 +250,10 @@ def check_sweep(
     lrs, seeds = _listed('lrs', lrs), _listed('seeds', seeds)
     return [Settings(lr=lr, seed=seed, **settings) for lr in lrs for seed in seeds]
 
-# %% ../nbs/15_sweep.ipynb #35536a8a
+# %% ../nbs/15_sweep.ipynb #ad944ae1
+# of a net that names torch and data.classes, cloudpickle believes that it uses the module torch.classes
+for m in (torch.classes, torch.ops): copyreg.pickle(type(m), lambda m: (import_module, (m.__name__,)))
+
 def _jobs(data, configs, device, out, model):
     "A job for each run, by name"
     jobs, shas, sha256, pickled = {}, {}, data.sha256, model and cloudpickle.dumps(model)

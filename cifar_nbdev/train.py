@@ -93,7 +93,7 @@ class History:
         return (f"History of {len(self)} epochs{said}: train loss {last['train_loss']:.3f}, "
                 f"train accuracy {last['train_acc']:.1%}, test accuracy {last['test_acc']:.1%}")
 
-# %% ../nbs/02_train.ipynb #900b7048
+# %% ../nbs/02_train.ipynb #003d1601
 @dataclass
 class Training:
     "A training on its way, as callbacks see it"
@@ -111,7 +111,7 @@ class Training:
     callbacks: list = field(default_factory=list)  # Who is told
     def tell(self, event):
         "Call this method of all callbacks that have it; does one of them say True?"
-        return any([getattr(c, event)(self) is True for c in self.callbacks if hasattr(c, event)])
+        return True in [getattr(c, event)(self) is True for c in self.callbacks if hasattr(c, event)]
 
 # %% ../nbs/02_train.ipynb #14fd1127
 def train_epoch(

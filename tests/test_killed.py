@@ -126,7 +126,7 @@ def wait_for(found, process):
 
 def test_a_killed_sweep_goes_on_to_the_same_weights(tmp_path):
     runs, data = tmp_path/'runs', shapes10(1000, 100)
-    process = subprocess.Popen([sys.executable, '-c', SWEEP], cwd=tmp_path, env=clean_env(),
+    process = subprocess.Popen([sys.executable, '-c', SWEEP], cwd=tmp_path, env=clean_env(TMPDIR=tmp_path),
                                start_new_session=True, stderr=subprocess.PIPE)
     try:
         wait_for(lambda: list(runs.glob('[!.]*.json')), process)
@@ -153,7 +153,7 @@ def test_a_killed_sweep_goes_on_to_the_same_weights(tmp_path):
 def test_no_worker_outlives_its_sweep(tmp_path):
     psutil = pytest.importorskip('psutil')
     long = SWEEP.replace('epochs=6', 'epochs=10_000')
-    process = subprocess.Popen([sys.executable, '-c', long], cwd=tmp_path, env=clean_env(),
+    process = subprocess.Popen([sys.executable, '-c', long], cwd=tmp_path, env=clean_env(TMPDIR=tmp_path),
                                stderr=subprocess.PIPE)
     try:
         wait_for(lambda: list((tmp_path/'runs').glob('[!.]*.ckpt')), process)
