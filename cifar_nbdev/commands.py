@@ -108,7 +108,7 @@ def cifar_report(
     print((page.parent/'table.md').read_text(encoding='utf-8'))
     print(f'The report: {page}')
 
-# %% ../nbs/17_commands.ipynb #ab92872a
+# %% ../nbs/17_commands.ipynb #de2c7100
 def cifar_bench(
     argv: list | None = None,  # Arguments; None: the command line's
 ):
@@ -122,7 +122,7 @@ def cifar_bench(
         p.add_argument(name, action='store_true', default=argparse.SUPPRESS, help=text)
     args = vars(p.parse_args(argv))
     out, data, cuda = Path(args.pop('out')), args.pop('data'), args.pop('cuda', False)
-    if cuda and len(args) > 1: p.error('--cuda goes without --peers and --quick')
+    if cuda and {'peers', 'quick'} & args.keys(): p.error('--cuda goes without --peers and --quick')
     with _one_line_errors(p):
         from cifar_nbdev.files import atomic_write
         from cifar_nbdev.page import check_folder
@@ -130,7 +130,7 @@ def cifar_bench(
         check_folder(out.parent)
         result = (bench_cuda if cuda else bench)(data, **args)
         with atomic_write(out) as tmp: tmp.write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
-    print(f'{ratios(result).round(2).to_string()}\n\nall: {out}')
+    print(f'{ratios(result).round(2).to_string()}\n\nwritten to {out}')
 
 # %% ../nbs/17_commands.ipynb #53f261ee
 def cifar_results(

@@ -149,9 +149,6 @@ def _backward(x, head, m, a, c, h, d_z, d_a, d_h, gradients):
     for k in range(len(a)): d_gate[k] += d_a[k] * m
     _convolve_backward(x, c, d_w)                        # c is d_u by now
 
-# %% ../nbs/12_compiled.ipynb #05fcfef2
-#| exports
-
 # %% ../nbs/12_compiled.ipynb #eaeb00c9
 def _forward_backward(part, start, stop, x, weights, z, y, losses, sums):
     "Logits z (B, classes), losses (B,), and sums [part] of gradients of the mean loss, of some images"
@@ -165,12 +162,12 @@ def _forward_backward(part, start, stop, x, weights, z, y, losses, sums):
         losses[i] = _loss(z[i], y[i], len(x), d_z)
         _backward(x[i], weights[4], m, a, c, h, d_z, d_a, d_h, gradients)
 
-# %% ../nbs/12_compiled.ipynb #b8fb4095
+# %% ../nbs/12_compiled.ipynb #ff6969ea
 def _zeros(*shape): return np.zeros(shape, np.float32)
 
-_TINY = _zeros(6, 3, 5, 5), _zeros(6), _zeros(1, 3), _zeros(1), _zeros(2, 6, _PLACES), _zeros(2)    # weights
-_TINY = (_zeros(1, 3, 1024), _TINY, _zeros(1, 2), np.zeros(1, np.int64), _zeros(1),
-         tuple(w[None] for w in _TINY))                 # images, weights, logits, labels, losses, sums
+_WEIGHTS = _zeros(6, 3, 5, 5), _zeros(6), _zeros(1, 3), _zeros(1), _zeros(2, 6, _PLACES), _zeros(2)
+_TINY = (_zeros(1, 3, 1024), _WEIGHTS, _zeros(1, 2), np.zeros(1, np.int64), _zeros(1),
+         tuple(w[None] for w in _WEIGHTS))                 # images, weights, logits, labels, losses, sums
 
 # %% ../nbs/12_compiled.ipynb #cf32448e
 def available() -> bool:  # False after a failure, which was said in one line

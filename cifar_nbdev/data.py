@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OFFICIAL_SHA256', 'ImageData', 'tensors_sha256', 'shapes10', 'ImageDataset', 'Shuffle', 'BatchLoader', 'DataLoaders',
-           'dataloaders', 'is_cifar10', 'load_data', 'describe_batches']
+           'dataloaders', 'is_cifar10', 'load_data']
 
 # %% ../nbs/00_data.ipynb #97ce6668
 import hashlib, os, warnings
@@ -209,21 +209,6 @@ def load_data(
     if path.suffix == '.npz' or path.exists(): return _named(_image_data(read_npz(path, name)))
     raise ValueError(f'unknown source {source!r}: '
                      "wanted 'auto', 'cifar10', 'shapes10' or the path of an .npz file")
-
-# %% ../nbs/00_data.ipynb #9617b2f9
-def describe_batches(
-    dl,  # A loader, or any other source of batches
-) -> dict:  # length, batch_size, seed, sha256; None for what is not known, as another data set's pixels
-    "What tells batches apart, by content and not by origin"
-    data, n = getattr(dl, 'dataset', dl), len(dl) if hasattr(dl, '__len__') else None
-    tensors = getattr(data, 'tensors', None) or [getattr(data, k, None) for k in 'xy']
-    if isinstance(data, ImageDataset):
-        tensors = torch.from_numpy(data.images).permute(0, 3, 1, 2), torch.tensor(data.targets)
-    elif isinstance(data, (list, tuple)): tensors = [t for batch in data for t in batch]
-    known = all(isinstance(t, torch.Tensor) for t in tensors)
-    seed = getattr(getattr(dl, 'sampler', None), 'generator', None)
-    return dict(length=n, batch_size=getattr(dl, 'bs', getattr(dl, 'batch_size', None)),
-                seed=seed and seed.initial_seed(), sha256=tensors_sha256(*tensors) if known else None)
 
 # %% ../nbs/00_data.ipynb #671e1ad5
 document(__name__)

@@ -25,7 +25,8 @@ REPORT = {0.005: .5224, 0.01: .5197, 0.0001: .3857}     # the report's table: le
 FIGURES = dict(zip(REPORT, 'abc'))                      # the letters of its figures
 TEXT_LRS = (0.01, 0.001, 0.005)                         # the learning rates in its text
 
-# %% ../nbs/03_report.ipynb #0bf2415e
+# %% ../nbs/03_report.ipynb #8b67e0f2
+#| code-fold: true
 def shared(
     runs: list,  # Runs, as `train_run` gives them
     *where: str,  # Two keys, for example 'data', 'name'
@@ -63,7 +64,8 @@ _OTHER = '#56616c'                                      # any other learning rat
 STYLE = {'font.size': 10, 'figure.dpi': 72, 'axes.spines.top': False, 'axes.spines.right': False,
          'axes.grid': True, 'grid.alpha': .3, 'legend.frameon': False, 'svg.hashsalt': 'cifar_nbdev'}
 
-# %% ../nbs/03_report.ipynb #fe9a2647
+# %% ../nbs/03_report.ipynb #46318609
+#| code-fold: true
 @contextmanager
 def figure_style(
     **more,  # Matplotlib's rcParams besides `STYLE`
@@ -74,7 +76,8 @@ def figure_style(
     with plt.style.context(['default', STYLE | more]): yield
     for n in set(plt.get_fignums()) - set(before): plt.close(n)
 
-# %% ../nbs/03_report.ipynb #b32e3f30
+# %% ../nbs/03_report.ipynb #429545b3
+#| code-fold: true
 def _draw(ax, runs, what, color):
     "Means over runs, 'loss' or 'acc', and for the test images the range"
     ax.update_datalim([(1, 0)])                         # from 0, with a margin at the top
@@ -179,7 +182,8 @@ def half_width(
     "How far the accuracy of one test set may be off by chance alone"
     return 1.96 * (p * (1 - p) / n) ** .5
 
-# %% ../nbs/03_report.ipynb #4aeacfb3
+# %% ../nbs/03_report.ipynb #552a97ed
+#| code-fold: true
 def intervals(
     runs: list,  # Runs on the same data
 ) -> pd.DataFrame:  # A row for each learning rate; accuracies in percent
@@ -229,7 +233,8 @@ def _data_claim(runs):
     return ('50,000 training and 10,000 test images', '{:,} and {:,}'.format(*found), '-',
             'holds' if found == (50_000, 10_000) else 'does not hold')
 
-# %% ../nbs/03_report.ipynb #4c9ea1ad
+# %% ../nbs/03_report.ipynb #12ad6d8b
+#| code-fold: true
 def _model_claims():
     "Shapes; and the learning rates of text and table"
     table = summary(ImageClassifier(seed=0), torch.zeros(128, 3, 32, 32))
@@ -261,7 +266,8 @@ def _slowing(group):
 # %% ../nbs/03_report.ipynb #478146e6
 _STATED = {.005: (50, 1.2, .8), .01: (50, 1.2, .8), .0001: (30, 1.75, .5)}  # accuracy in %, loss, linear from
 
-# %% ../nbs/03_report.ipynb #36f6f512
+# %% ../nbs/03_report.ipynb #c4e1dcbf
+#| code-fold: true
 def _figure_claims(lr, group):
     "What the report says of one of its figures"
     (acc, loss, linear), letter = _STATED[lr], FIGURES[lr]
@@ -289,7 +295,8 @@ def _thirty_claim(group):
     return ('(c) text: around 30%; table: 38.57%', f'{_final(group).mean():.2f}%', len(group),
             'holds' if abs(30 - 100*REPORT[.0001]) <= 5 else 'contradicts itself')
 
-# %% ../nbs/03_report.ipynb #38ebdf5c
+# %% ../nbs/03_report.ipynb #80df2fbb
+#| code-fold: true
 def _order_claims(runs):
     "What the report says about the order of its learning rates"
     (a, b, c), n_test = REPORT, shared(runs, 'data', 'n_test')

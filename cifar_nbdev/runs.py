@@ -6,7 +6,7 @@
 __all__ = ['CHANGES', 'Settings', 'Normalised', 'new_model', 'pick_step', 'environment', 'peak_memory', 'weights_sha256',
            'save_weights', 'load_weights', 'train_run', 'run_name', 'save_run', 'load_run', 'load_runs']
 
-# %% ../nbs/14_runs.ipynb #feb2d221
+# %% ../nbs/14_runs.ipynb #e7e33e9b
 import hashlib, json, platform, re, subprocess, time
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
@@ -20,10 +20,11 @@ from torch import nn
 
 from . import __version__
 from .captured import captured_step
+from .checkpoint import code_sha256, load_state
 from .compiled import available, compiled_step, why_not
 from .data import ImageData, dataloaders
 from .files import atomic_write, check_settings, document, pick_device
-from .model import INITS, code_sha256, load_state
+from .model import INITS
 from .readings import READINGS
 from .train import cosine, fit, train_step
 

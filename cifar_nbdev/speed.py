@@ -232,7 +232,7 @@ def ratios(
     memory = {'memory (MB)': pd.Series(result['memory_mb'])} if 'memory_mb' in result else {}
     return pd.DataFrame({'seconds': seconds} | beside | memory)
 
-# %% ../nbs/07_speed.ipynb #1d144294
+# %% ../nbs/07_speed.ipynb #d43e6ece
 #| code-fold: true
 def plot_epochs(
     result: dict,  # What `bench` gives
@@ -243,8 +243,10 @@ def plot_epochs(
     beside = dict(textcoords='offset points', va='center', fontsize='small')
     with figure_style():
         fig, ax = plt.subplots(figsize=(7.5, .42*len(table) + 1.1), layout='constrained')
-        ax.barh(table.index, table.seconds, color=[COLORS[.005] if w in WAYS else 'gray' for w in table.T])
-        for i, (t, seconds, factor) in enumerate(zip(times, table['seconds'], table.iloc[:, 1])):
+        colors = [COLORS[.005] if w in WAYS else 'gray' for w in table.index]
+        ax.barh(table.index, table.seconds, color=colors)
+        factors = table['times fit, compiled_step']
+        for i, (t, seconds, factor) in enumerate(zip(times, table['seconds'], factors)):
             ax.plot(t, [i]*len(t), 'o', ms=3.5, mfc='white', mec='black', mew=.8)
             ax.annotate(f'{seconds:.1f} s, {factor:.2f} ×', (max(t), i), (6, 0), **beside)
         ax.axvline(alone := min(c['compiled'] for c in result['convolutions']), color='black', ls='--', lw=1)

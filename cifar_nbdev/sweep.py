@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SweepError', 'SweepInterrupt', 'check_sweep', 'sweep']
 
-# %% ../nbs/15_sweep.ipynb #e3a26944
+# %% ../nbs/15_sweep.ipynb #2e246596
 import copyreg, hashlib, os, signal, tempfile, threading, time
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -20,10 +20,10 @@ import torch
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
+from .checkpoint import code_sha256
 from .data import ImageData
 from .files import document, pick_device, progress_bar
 from .fingerprint import OtherCodeError, differences, fingerprint
-from .model import code_sha256
 from .runs import Settings, load_run, run_name, save_run, train_run
 
 # %% ../nbs/15_sweep.ipynb #c64927df

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['train_step', 'eval_mode', 'evaluate', 'History', 'Training', 'train_epoch', 'train_epochs', 'NonFiniteLossError',
-           'FiniteLoss', 'cosine', 'Schedule', 'Progress', 'Checkpoint', 'fit']
+           'FiniteLoss', 'cosine', 'Schedule', 'Progress', 'fit']
 
-# %% ../nbs/02_train.ipynb #60c0d31f
-import math, time, zipfile
+# %% ../nbs/02_train.ipynb #7a8944ce
+import math, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .data import DataLoaders, ImageData, describe_batches
-from .files import (atomic_write, check_settings, document, pick_device, progress_bar,
-                               reference_arithmetic)
-from .model import code_sha256, load_state
+from .checkpoint import Checkpoint
+from .data import DataLoaders, ImageData
+from .files import check_settings, document, pick_device, progress_bar, reference_arithmetic
 
 # %% ../nbs/02_train.ipynb #45908f3f
 def train_step(
@@ -37,7 +36,7 @@ def train_step(
     opt.step()
     return loss.detach(), logits.detach()
 
-# %% ../nbs/02_train.ipynb #35b4c66b
+# %% ../nbs/02_train.ipynb #8ce315b5
 @contextmanager
 def eval_mode(
     model: nn.Module,  # Any model
@@ -49,37 +48,42 @@ def eval_mode(
     finally:
         for m, mode in modes: m.training = mode
 
+def _room(dl, device):
+    "Two numbers for each batch; a tensor per batch would pin the memory around it"
+    n = len(dl) if hasattr(dl, '__len__') else 0
+    if n: return torch.zeros(2, n, device=device)
+    raise ValueError(f'{type(dl).__name__} has no batches, or no length: wanted a list or a DataLoader')
+
 def _means(losses, hits, sizes):
     "Mean loss and accuracy over images from values per batch, in one transfer from the device"
-    losses, hits = (torch.stack(v).cpu().double() for v in (losses, hits))
-    sizes = torch.tensor(sizes, dtype=torch.float64)
+    (losses, hits), sizes = torch.stack([losses, hits]).cpu().double(), torch.tensor(sizes).double()
     return (losses @ sizes / sizes.sum()).item(), (hits.sum() / sizes.sum()).item()
 
-# %% ../nbs/02_train.ipynb #d801247f
+# %% ../nbs/02_train.ipynb #43bf07a4
 @torch.no_grad()
 def evaluate(
     model: nn.Module,  # Gives logits (B, classes) for images (B, 3, 32, 32)
-    dl,  # Batches of images and labels: a loader, or a list
+    dl,  # Batches of images and labels: a loader or a list, something with a length
     device: str | torch.device | None = None,  # Where to compute; None: where the model is
 ) -> tuple[float, float]:  # Mean cross-entropy and accuracy (a fraction), over images
     "Loss and accuracy of a model, without changing it"
     device = device or next((p.device for p in model.parameters()), 'cpu')
-    losses, hits, sizes = [], [], []
+    (losses, hits), sizes = _room(dl, device), []
     with eval_mode(model):
-        for xb, yb in dl:
+        for i, (xb, yb) in enumerate(dl):
             xb, yb = xb.to(device), yb.to(device)
             logits = model(xb)
-            losses.append(F.cross_entropy(logits, yb)); hits.append((logits.argmax(1) == yb).sum())
+            losses[i], hits[i] = F.cross_entropy(logits, yb), (logits.argmax(1) == yb).sum()
             sizes.append(len(yb))
-    if not sizes: raise ValueError('evaluate: no batches, wanted at least one: a list or a DataLoader')
     return _means(losses, hits, sizes)
 
-# %% ../nbs/02_train.ipynb #9ba5166b
+# %% ../nbs/02_train.ipynb #bbe57f96
 class History:
     "A row (a dict with `columns`) for each epoch; losses are means over images, accuracies fractions"
     columns = ['epoch', 'train_loss', 'train_acc', 'test_loss', 'test_acc', 'seconds']
     def __init__(self, epochs=()):
-        self.epochs, self.resumed, self.interrupted = list(epochs), len(epochs), False
+        self.epochs, self.interrupted = list(epochs), False
+        self.resumed = len(epochs)                      # how many came from a checkpoint
     def __len__(self): return len(self.epochs)
     def to_frame(self) -> pd.DataFrame:  # A row per epoch
         "As a table"
@@ -90,10 +94,11 @@ class History:
         said = ', interrupted' * self.interrupted
         if not self.epochs: return f'History: no epoch finished{said}'
         last = self.epochs[-1]
-        return (f"History of {len(self)} epochs{said}: train loss {last['train_loss']:.3f}, "
-                f"train accuracy {last['train_acc']:.1%}, test accuracy {last['test_acc']:.1%}")
+        return (f"History of {len(self)} epoch{'s'[len(self) == 1:]}{said}: "
+                f"train loss {last['train_loss']:.3f}, train accuracy {last['train_acc']:.1%}, "
+                f"test accuracy {last['test_acc']:.1%}")
 
-# %% ../nbs/02_train.ipynb #003d1601
+# %% ../nbs/02_train.ipynb #5ab2d861
 @dataclass
 class Training:
     "A training on its way, as callbacks see it"
@@ -107,26 +112,26 @@ class Training:
     device: torch.device  # Where it computes
     step: object  # Does a step, as `train_step`
     history: History = field(default_factory=History)  # The epochs so far
-    losses: list = field(default_factory=list)  # Of this epoch's batches, on the device
+    losses: torch.Tensor | None = None  # Of this epoch's batches, on the device
     callbacks: list = field(default_factory=list)  # Who is told
     def tell(self, event):
         "Call this method of all callbacks that have it; does one of them say True?"
         return True in [getattr(c, event)(self) is True for c in self.callbacks if hasattr(c, event)]
 
-# %% ../nbs/02_train.ipynb #14fd1127
+# %% ../nbs/02_train.ipynb #22a1df97
 def train_epoch(
     t: Training,  # Its model learns from each training batch once
 ) -> tuple[float, float]:  # Mean loss and running accuracy (a fraction), over images
     "One epoch of training"
     t.model.train()
-    t.losses, hits, sizes = [], [], []
+    (t.losses, hits), sizes = _room(t.train, t.device), []
     with getattr(t.step, 'around', nullcontext)():
-        for xb, yb in t.train:
+        for i, (xb, yb) in enumerate(t.train):
             xb, yb = xb.to(t.device), yb.to(t.device)
-            loss, logits = t.step(t.model, t.opt, xb, yb)
-            t.losses.append(loss); hits.append((logits.argmax(1) == yb).sum()); sizes.append(len(yb))
+            t.losses[i], logits = t.step(t.model, t.opt, xb, yb)
+            hits[i] = (logits.argmax(1) == yb).sum()
+            sizes.append(len(yb))
             t.tell('after_batch')
-    if not sizes: raise ValueError('fit: no training batches, wanted at least one: a list or a DataLoader')
     return _means(t.losses, hits, sizes)
 
 # %% ../nbs/02_train.ipynb #d0766f36
@@ -151,7 +156,8 @@ class NonFiniteLossError(ArithmeticError):
         super().__init__(message)
         self.history = history
 
-# %% ../nbs/02_train.ipynb #2ac6daba
+# %% ../nbs/02_train.ipynb #a038e5de
+#| code-fold: true
 class FiniteLoss:
     "Callback: end with a `NonFiniteLossError` that names the cause when a loss is not finite"
     def before_fit(self, t):
@@ -159,7 +165,7 @@ class FiniteLoss:
             if p.is_floating_point() and not p.isfinite().all():
                 self._stop(t, f'{name} of the model is not finite before any step. Make or load it again')
     def after_epoch(self, t):
-        bad = (~torch.stack(t.losses).isfinite()).nonzero()
+        bad = (~t.losses.isfinite()).nonzero()
         if not len(bad) and math.isfinite(t.history.epochs[-1]['test_loss']): return
         row = t.history.epochs.pop()
         for what, dl in (('training', t.train), ('test', t.test)):
@@ -184,83 +190,24 @@ class Schedule:
         for group in t.opt.param_groups: group['lr'] = t.lr * t.schedule(len(t.history) / t.epochs)
     after_epoch = before_fit
 
-# %% ../nbs/02_train.ipynb #f9dad4f0
+# %% ../nbs/02_train.ipynb #72a032dd
 class Progress:
     "Callback: a bar over all steps, with the accuracies of the last epoch behind it"
     def before_fit(self, t):
-        n = len(t.train) if hasattr(t.train, '__len__') else None
-        total = dict(total=t.epochs * n, initial=len(t.history) * n) if n else {}
-        self.bar = progress_bar(unit='step', desc=f'lr {t.lr:g}', **total)
+        steps = dict(total=t.epochs * len(t.train), initial=len(t.history) * len(t.train), unit='step')
+        self.bar = progress_bar(**steps, desc=f'lr {t.lr:g}')
     def after_batch(self, t): self.bar.update()
     def after_epoch(self, t): self.bar.set_postfix_str(repr(t.history).split(': ')[-1])
     def after_fit(self, t): self.bar.close()
 
-# %% ../nbs/02_train.ipynb #4a15beff
-def _belongs(t):
-    "What a checkpoint belongs to, by content"
-    group, n = t.opt.param_groups[0], t.epochs
-    batches = {f'{which} {k}': v for which, dl in (('training', t.train), ('test', t.test))
-               for k, v in describe_batches(dl).items()}
-    return batches | dict(
-        lr=t.lr, momentum=group['momentum'], weight_decay=group['weight_decay'], step=t.step.__name__,
-        schedule=t.schedule and [t.schedule(i / n) for i in range(n)], model=code_sha256(t.model))
-
-# %% ../nbs/02_train.ipynb #b87cb612
-def _random_state(device):
-    "PyTorch's global random state"
-    cuda = {'cuda': torch.cuda.get_rng_state(device)} if device.type == 'cuda' else {}
-    return {'cpu': torch.get_rng_state()} | cuda
-
-def _set_random_state(state, device):
-    torch.set_rng_state(state['cpu'])
-    if 'cuda' in state: torch.cuda.set_rng_state(state['cuda'], device)
-
-def _order(t):                                          # the generator that shuffles, if there is one
-    return getattr(getattr(t.train, 'sampler', None), 'generator', None)
-
-def _read_checkpoint(path):
-    "The contents of a checkpoint, or a `ValueError`"
-    try:
-        with zipfile.ZipFile(path) as z: cause = z.testzip() and 'damaged'
-        state = cause or torch.load(path, weights_only=True, map_location='cpu')
-        if isinstance(state, dict) and state.keys() == _PARTS: return state
-        cause = cause or f'wanted {", ".join(sorted(_PARTS))} in it'
-    except Exception as e: cause = type(e).__name__         # whatever the bytes were
-    raise ValueError(f'{path} is not a whole checkpoint of fit ({cause}). Delete it, or name another file')
-
-_PARTS = {'model', 'optimizer', 'order', 'random', 'epochs', 'belongs'}
-
-# %% ../nbs/02_train.ipynb #89721e04
-class Checkpoint:
-    "Callback: save the training after each epoch, and go on from the file if it is there"
-    def __init__(self, path): self.path = Path(path).expanduser()
-    def before_fit(self, t):
-        self.belongs, self.random, self.drawn = _belongs(t), _random_state(t.device), False
-        if self.path.exists(): self._load(t, _read_checkpoint(self.path))
-    def _load(self, t, state):
-        differ = [f"{k} {state['belongs'].get(k)!s:.20} (now {v!s:.20})" for k, v in self.belongs.items()
-                  if state['belongs'].get(k) != v]
-        if differ: raise ValueError(f"checkpoint {self.path} is another training's: {', '.join(differ)}. "
-                                    'Delete it, or name another file')
-        t.opt.load_state_dict(state['optimizer'])
-        load_state(t.model, state['model'], self.path)
-        t.history, self.drawn = History(state['epochs']), state['random'] is not None
-        if state['order'] is not None: _order(t).set_state(state['order'])
-        if self.drawn: _set_random_state(state['random'], t.device)
-    def after_epoch(self, t):
-        now, order = _random_state(t.device), _order(t)
-        self.drawn |= any(not torch.equal(now[k], self.random[k]) for k in now)
-        state = dict(model=t.model.state_dict(), optimizer=t.opt.state_dict(), epochs=t.history.epochs,
-                     order=order and order.get_state(), random=now if self.drawn else None,
-                     belongs=self.belongs)
-        with atomic_write(self.path) as tmp, open(tmp, 'wb') as f: torch.save(state, f)
-
-# %% ../nbs/02_train.ipynb #f1a4d73e
+# %% ../nbs/02_train.ipynb #d2008c8c
+#| code-fold: true
 class _AfterEpoch:                                      # a plain function as a callback
     def __init__(self, f): self.f = f
     def after_epoch(self, t): return self.f(t.model, t.history)
 
-def _checked(dls, callbacks):                           # callbacks as objects with methods
+def _checked(dls, callbacks):
+    "A pair of loaders, and callbacks as objects with methods"
     if isinstance(dls, ImageData): raise ValueError('dls is ImageData, wanted loaders: dataloaders(data)')
     if not hasattr(dls, '__len__') or len(dls) != 2:
         raise ValueError(f'dls is {type(dls).__name__}, wanted a pair of loaders: (train, test)')
@@ -269,7 +216,15 @@ def _checked(dls, callbacks):                           # callbacks as objects w
     events = 'before_fit', 'after_batch', 'after_epoch', 'after_fit'
     return (*dls, [c if any(hasattr(c, e) for e in events) else _AfterEpoch(c) for c in callbacks])
 
-# %% ../nbs/02_train.ipynb #703e0031
+# %% ../nbs/02_train.ipynb #835e88d2
+def _with_own(checkpoint, schedule, callbacks, progress):
+    "The callbacks in the order in which they are told"
+    own = [FiniteLoss()]                                # before a checkpoint of bad weights is saved
+    if checkpoint: own.append(Checkpoint(checkpoint))   # has the epochs that the schedule goes by
+    if schedule: own.append(Schedule())
+    return own + callbacks + [Progress()] * progress
+
+# %% ../nbs/02_train.ipynb #b59e3540
 def fit(
     model: nn.Module,  # Trained in place, and moved to the device
     dls: DataLoaders,  # What `dataloaders` gives, or any pair (train, test) of loaders
@@ -289,9 +244,8 @@ def fit(
     check_settings(lr=lr, momentum=momentum, weight_decay=weight_decay, epochs=epochs)
     device, (train, test, callbacks) = pick_device(device), _checked(dls, callbacks)
     opt = torch.optim.SGD(model.to(device).parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
-    own = (True, FiniteLoss()), (checkpoint, Checkpoint(checkpoint or '')), (schedule, Schedule())
-    callbacks = [c for wanted, c in own if wanted] + callbacks + [Progress()] * progress
-    t = Training(model, opt, train, test, epochs, lr, schedule, device, step, callbacks=callbacks)
+    t = Training(model, opt, train, test, epochs, lr, schedule, device, step)
+    t.callbacks = _with_own(checkpoint, schedule, callbacks, progress)
     with reference_arithmetic(): train_epochs(t)
     return t.history
 

@@ -26,6 +26,8 @@ def readme(nb):
         options = pop_options(cell) if cell.cell_type == 'code' else {}
         if cell.cell_type == 'raw' or _HIDDEN & options.keys(): continue
         if options.get('echo') is False: cell.metadata.tags = ['remove-input']
+        if options.get('echo') is False and not cell.outputs:
+            raise ValueError(f'index.ipynb has no output of the cell {cell.source[:40]!r}. Run make outputs')
         if 'fig-alt' in options: alts.append(options['fig-alt'])
         if cell.cell_type == 'markdown': cell.source = repository_links(cell.source)
         cells.append(cell)

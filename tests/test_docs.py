@@ -208,3 +208,11 @@ def test_the_committed_readme_is_that_of_the_index():
     paths = [m for m in re.findall(r'\]\(([^)#]+)', text) if ':' not in m]
     assert 'nbs/00_data.ipynb' in paths and not [p for p in paths if not (ROOT/p).is_file()]
     assert text.count(HOST) == 1, 'the site is named once'
+
+
+@pytest.mark.parametrize('path', sorted((ROOT/'nbs').glob('*.ipynb')), ids=lambda p: p.stem)
+def test_notebooks_link_notebooks(path):
+    "In Jupyter and on GitHub there are no pages yet"
+    text = '\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'markdown')
+    links = [link.split('#')[0] for link in re.findall(r'\]\((?![a-z]+:|#)([^)]+)\)', text)]
+    assert not [link for link in links if not (ROOT/'nbs'/link).exists()]

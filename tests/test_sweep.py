@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from cifar_nbdev import sweep as module, train
+from cifar_nbdev.checkpoint import code_sha256
 from cifar_nbdev.data import shapes10
 from cifar_nbdev.fingerprint import differences, fingerprint
-from cifar_nbdev.model import ImageClassifier, code_sha256
+from cifar_nbdev.model import ImageClassifier
 from cifar_nbdev.runs import load_runs
 from cifar_nbdev.sweep import SweepError, check_sweep, sweep
 from cifar_nbdev.train import NonFiniteLossError
@@ -302,8 +303,8 @@ def test_a_users_module_that_changed_on_disk_is_noticed(tmp_path):
 def test_all_code_of_a_run_is_looked_at(tmp_path):
     r = python("import sys; from cifar_nbdev import fingerprint, sweep\n"
                "used = {m[12:] for m in sys.modules if m.startswith('cifar_nbdev.')}\n"
-               "print(*used - set(fingerprint.PARTS))", cwd=tmp_path)
-    assert set(r.stdout.split()) <= {'files', 'sources'}, r.stderr          # no run depends on these
+               "print(*used - set(fingerprint.MODULES))", cwd=tmp_path)
+    assert set(r.stdout.split()) <= {'sources'}, r.stderr           # a run is given its images
 
 
 def test_a_session_that_has_worked_is_not_taken_for_another(small, tmp_path):
