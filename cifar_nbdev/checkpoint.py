@@ -5,30 +5,40 @@
 # %% auto #0
 __all__ = ['describe_batches', 'function_code', 'code_sha256', 'load_state', 'Checkpoint']
 
-# %% ../nbs/13b_checkpoint.ipynb #fc12162f
+# %% ../nbs/13b_checkpoint.ipynb #4ee0f968
 import hashlib, re, zipfile
 from pathlib import Path
 from types import CodeType, FunctionType
 
 import torch
 from torch import nn
+from torch.utils.data import SequentialSampler, Subset
 
 from .data import ImageDataset, tensors_sha256
 from .files import atomic_write, document
 
-# %% ../nbs/13b_checkpoint.ipynb #9617b2f9
+# %% ../nbs/13b_checkpoint.ipynb #7022f7ee
+def _tensors(data):
+    "What a data set holds, or all that a list of batches has; something else where that is not known"
+    if isinstance(data, ImageDataset):
+        return torch.from_numpy(data.images).permute(0, 3, 1, 2), torch.tensor(data.targets)
+    if isinstance(data, Subset): return [*_tensors(data.dataset), torch.tensor(data.indices)]
+    if isinstance(data, (list, tuple)): return [t for batch in data for t in batch]
+    if hasattr(data, 'tensors'): return data.tensors
+    if hasattr(data, 'targets'):                        # as torchvision's have them
+        return [torch.as_tensor(getattr(data, 'data', None)), torch.as_tensor(data.targets)]
+    return [getattr(data, k, None) for k in 'xy']
+
+# %% ../nbs/13b_checkpoint.ipynb #23ad40ec
 def describe_batches(
     dl,  # A loader, or any other source of batches
 ) -> dict:  # length, batch_size, seed, sha256; None for what is not known, as another data set's pixels
-    "What tells batches apart, by content and not by origin"
-    data, n = getattr(dl, 'dataset', dl), len(dl) if hasattr(dl, '__len__') else None
-    tensors = getattr(data, 'tensors', None) or [getattr(data, k, None) for k in 'xy']
-    if isinstance(data, ImageDataset):
-        tensors = torch.from_numpy(data.images).permute(0, 3, 1, 2), torch.tensor(data.targets)
-    elif isinstance(data, (list, tuple)): tensors = [t for batch in data for t in batch]
-    known = all(isinstance(t, torch.Tensor) for t in tensors)
-    seed = getattr(getattr(dl, 'sampler', None), 'generator', None)
-    return dict(length=n, batch_size=getattr(dl, 'bs', getattr(dl, 'batch_size', None)),
+    "What tells batches apart, by content and not by origin; what a data set's transforms do is not seen"
+    sampler, tensors = getattr(dl, 'sampler', None), _tensors(getattr(dl, 'dataset', dl))
+    known, seed = all(isinstance(t, torch.Tensor) for t in tensors), getattr(sampler, 'generator', None)
+    shuffled = not isinstance(sampler, (SequentialSampler, type(None)))
+    bs = getattr(dl, 'bs', getattr(dl, 'batch_size', None))
+    return dict(length=len(dl), batch_size=bs, shuffled=shuffled,
                 seed=seed and seed.initial_seed(), sha256=tensors_sha256(*tensors) if known else None)
 
 # %% ../nbs/13b_checkpoint.ipynb #4ffa3b2c
@@ -38,47 +48,69 @@ def _code(c):
               else repr(k) for k in c.co_consts]
     return c.co_code.hex(), c.co_names, c.co_varnames, tuple(consts)
 
-# %% ../nbs/13b_checkpoint.ipynb #36a5504e
+# %% ../nbs/13b_checkpoint.ipynb #dd4ef66f
 def function_code(
     f,  # A function
 ) -> str:  # Text that is equal when the code is
     "What a function does, but for the functions that it calls"
     return re.sub(' at 0x[0-9a-f]+', '', repr((_code(f.__code__), f.__defaults__, f.__kwdefaults__)))
 
+def _plain(v):
+    "Is it a value that its text tells?"
+    if isinstance(v, (tuple, list)): return all(map(_plain, v))
+    return isinstance(v, (bool, int, float, str, type(None)))
+
+def _whole_code(f, depth=3):
+    "The code of a function, of what it wraps and encloses, and of what it uses of its own module"
+    used = [f.__globals__.get(n) for n in f.__code__.co_names]
+    inner = [c.cell_contents for c in f.__closure__ or ()] + used
+    functions = [v for v in inner if isinstance(v, FunctionType) and v is not f and not _known(v)]
+    return function_code(f) + repr([v for v in inner if _plain(v) and v is not None]) + ''.join(
+        _whole_code(v, depth - 1) for v in functions if depth)
+
+def _known(v): return (v.__module__ or '').split('.')[0] in ('torch', 'builtins', 'numpy', 'fastcore')
+
+# %% ../nbs/13b_checkpoint.ipynb #200d3fff
 def code_sha256(
     model: nn.Module,  # Any model
+    weights: bool = False,  # Do its weights, as they are now, count as well?
 ) -> str:  # 64 hex digits
-    "Hash of a model's layers and of its classes' methods"
-    classes = {c for m in model.modules() for c in type(m).__mro__
-               if c.__module__.split('.')[0] not in ('torch', 'builtins')}
-    methods = sorted(f'{c.__name__}.{name} {function_code(f)}' for c in classes
+    "Hash of a model's layers and their plain attributes, and of its classes' methods"
+    classes = {c for m in model.modules() for c in type(m).__mro__ if not _known(c)}
+    methods = sorted(f'{c.__name__}.{name} {_whole_code(f)}' for c in classes
                      for name, f in vars(c).items() if isinstance(f, FunctionType))
-    shapes = {k: (list(v.shape), str(v.dtype)) for k, v in model.state_dict().items()}
-    return hashlib.sha256(repr((str(model), shapes, methods)).encode()).hexdigest()
+    values = [(k, v) for m in model.modules() for k, v in sorted(vars(m).items())
+              if k[0] != '_' and k != 'training' and _plain(v)]
+    state = {k: v for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
+    shapes = {k: (list(v.shape), str(v.dtype)) for k, v in state.items()}
+    sha = tensors_sha256(*state.values()) if weights else ''
+    return hashlib.sha256(repr((str(model), shapes, values, methods, sha)).encode()).hexdigest()
 
-# %% ../nbs/13b_checkpoint.ipynb #3ca5d69d
+# %% ../nbs/13b_checkpoint.ipynb #4b54f604
 def load_state(
     model: nn.Module,  # The weights are put in here
     state: dict,  # Name of each tensor, and the tensor
     origin,  # Where the state is from, for the error
 ):
     "Load weights that must fit the model exactly, else raise a `ValueError` that says where they differ"
-    want, have = ({k: tuple(v.shape) for k, v in s.items()} for s in (model.state_dict(), state))
+    want, have = ({k: tuple(getattr(v, 'shape', ())) for k, v in s.items()}
+                  for s in (model.state_dict(), state))
     if want != have:
         differ = [f'{k} is {have.get(k, "missing")}, wanted {want.get(k, "nothing of that name")}'
                   for k in sorted(want | have) if want.get(k) != have.get(k)]
         raise ValueError(f'{origin} holds the weights of another model: {"; ".join(differ[:3])}')
     model.load_state_dict(state)
 
-# %% ../nbs/13b_checkpoint.ipynb #4a15beff
+# %% ../nbs/13b_checkpoint.ipynb #be2c0206
 def _belongs(t):
     "What a checkpoint belongs to, by content"
     group, n = t.opt.param_groups[0], t.epochs
     batches = {f'{which} {k}': v for which, dl in (('training', t.train), ('test', t.test))
                for k, v in describe_batches(dl).items()}
     return batches | dict(
-        lr=t.lr, momentum=group['momentum'], weight_decay=group['weight_decay'], step=t.step.__name__,
-        schedule=t.schedule and [t.schedule(i / n) for i in range(n)], model=code_sha256(t.model))
+        lr=t.lr, momentum=group['momentum'], weight_decay=group['weight_decay'],
+        step=getattr(t.step, '__name__', type(t.step).__name__),
+        schedule=t.schedule and [float(t.schedule(i / n)) for i in range(n)], model=code_sha256(t.model))
 
 # %% ../nbs/13b_checkpoint.ipynb #2d59bf98
 def _random_state(device):
@@ -123,7 +155,7 @@ def _restore(t, path, belongs):
     if state['random'] is not None: _set_random_state(state['random'], t.device)
     return state['random'] is not None
 
-# %% ../nbs/13b_checkpoint.ipynb #bba3eb61
+# %% ../nbs/13b_checkpoint.ipynb #6be70941
 class Checkpoint:
     "Callback: save the training after each epoch, and go on from the file if it is there"
     def __init__(self,
@@ -134,8 +166,9 @@ class Checkpoint:
         if self.path.exists(): self.drawn = _restore(t, self.path, self.belongs)
     def after_epoch(self, t):
         now, order = _random_state(t.device), _order(t)
+        epochs = [{k: v.item() if hasattr(v, 'item') else v for k, v in e.items()} for e in t.history.epochs]
         self.drawn |= any(not torch.equal(now[k], self.random[k]) for k in now)
-        state = dict(model=t.model.state_dict(), optimizer=t.opt.state_dict(), epochs=t.history.epochs,
+        state = dict(model=t.model.state_dict(), optimizer=t.opt.state_dict(), epochs=epochs,
                      order=order and order.get_state(), random=now if self.drawn else None,
                      belongs=self.belongs)
         with atomic_write(self.path) as tmp, open(tmp, 'wb') as f: torch.save(state, f)

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from . import __version__
 
-# %% ../nbs/17_commands.ipynb #c4efe44d
+# %% ../nbs/17_commands.ipynb #87c41a52
 class _Parser(argparse.ArgumentParser):
     "A parser with what all commands share, whose errors are one line"
     def __init__(self, prog, description, out):
-        super().__init__(prog, description=description,
+        super().__init__(prog, description=description, allow_abbrev=False,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         self.add_argument('--version', action='version', version=f'{prog} {__version__}')
         self.add_argument('--data', default='auto',

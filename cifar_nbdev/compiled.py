@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['available', 'convolve_batch', 'convolve_batch_backward', 'why_not', 'compiled_step']
 
-# %% ../nbs/12_compiled.ipynb #0900d5b2
+# %% ../nbs/12_compiled.ipynb #3554953a
 import math, sys
 from contextlib import nullcontext
 
@@ -16,7 +16,7 @@ from numba import njit
 from torch import nn
 
 from .files import document
-from .machine import FLAGS, machine_code, one_thread, parts, run_parts
+from .machine import FLAGS, active_mode, is_original, machine_code, one_thread, parts, run_parts
 from .model import ImageClassifier
 from .train import train_step
 
@@ -200,12 +200,12 @@ def convolve_batch_backward(
     "Gradient of the kernels for a part of a batch, by `run_parts`; sizes are not checked"
     for i in range(start, stop): _convolve_backward(x[i], d_u[part], d_w[part])
 
-# %% ../nbs/12_compiled.ipynb #4c60caf1
+# %% ../nbs/12_compiled.ipynb #cb771e80
 def _loss_and_gradients(model, xb, yb):
-    "Mean loss, logits (B, classes), and gradients of weight and bias of conv, gate and fc"
+    # mean loss, logits (B, classes), and gradients of weight and bias of conv, gate and fc
     head = model.fc.weight.reshape(len(model.fc.bias), -1, _N, _N)
     head = F.pad(head, (0, 32 - _N)).flatten(2)         # rows of 32
-    weights = *model.conv.parameters(), *model.gate.parameters(), head, model.fc.bias
+    weights = model.conv.weight, model.conv.bias, model.gate.weight, model.gate.bias, head, model.fc.bias
     weights = tuple(w.contiguous().numpy() for w in weights)
     z, losses = np.empty((len(xb), len(weights[5])), np.float32), np.empty(len(xb), np.float32)
     sums = [torch.zeros(len(parts(len(xb))), *w.shape, dtype=torch.float32, device='cpu') for w in weights]
@@ -216,26 +216,26 @@ def _loss_and_gradients(model, xb, yb):
     gradients = (d_w, d_b), (d_gate, d_gate_bias), (d_head, d_head_bias)
     return torch.from_numpy(losses).mean(), torch.from_numpy(z), gradients
 
-# %% ../nbs/12_compiled.ipynb #19746ae1
-_METHODS = [(owner, name, vars(sys.modules[module])) for owner, module, names in (
-    (ImageClassifier, 'cifar_nbdev.model', ('forward', 'gates')),
-    (sys.modules['cifar_nbdev.model'], 'cifar_nbdev.model', ('check_images', 'weighted_sum')),
-    (ImageClassifier, 'torch.nn.modules.module', ('__call__',)),
-    (nn.Conv2d, 'torch.nn.modules.conv', ('forward', '_conv_forward')),
-    (nn.Linear, 'torch.nn.modules.linear', ('forward',)),
-    (F, 'torch.nn.functional', ('cross_entropy', 'relu'))) for name in names]
+# %% ../nbs/12_compiled.ipynb #51ac2ec0
+_USED = [                                               # owner, name, package that defines it, name there
+    *((ImageClassifier, n, 'cifar_nbdev', f'ImageClassifier.{n}') for n in ('forward', 'gates')),
+    *((sys.modules['cifar_nbdev.model'], n, 'cifar_nbdev', n) for n in ('check_images', 'weighted_sum')),
+    *((nn.Conv2d, n, 'torch', f'Conv2d.{n}') for n in ('forward', '_conv_forward')),
+    *((c, n, 'torch', f'Module.{q}') for c in (ImageClassifier, nn.Conv2d, nn.Linear) for n, q in (
+        ('__call__', '_wrapped_call_impl'), ('_wrapped_call_impl',) * 2, ('_call_impl',) * 2)),
+    (nn.Linear, 'forward', 'torch', 'Linear.forward'), (torch.Tensor, 'backward', 'torch', 'Tensor.backward'),
+    *((F, n, 'torch', n) for n in ('cross_entropy', 'relu')), (torch, 'einsum', 'torch', 'einsum'),
+    (F, 'conv2d', None, 'conv2d'), (F, 'linear', None, 'linear'), (torch, 'relu', None, 'relu')]    # in C++
 
-# %% ../nbs/12_compiled.ipynb #5e9084b9
-def _changed_method():
-    "Is a method or function another than the one that the loops were made for?"
-    return ', '.join(f'{owner.__name__}.{name} has been replaced' for owner, name, home in _METHODS
-                     if getattr(getattr(owner, name), '__globals__', None) is not home)
+def _changed_function():
+    changed = (f'{owner.__name__}.{name}' for owner, name, package, qualname in _USED
+               if not is_original(getattr(owner, name), package, qualname))
+    return f'{name} has been replaced' if (name := next(changed, '')) else ''
 
-# %% ../nbs/12_compiled.ipynb #b67977f0
+# %% ../nbs/12_compiled.ipynb #ada21391
 _LAYERS = [('conv', nn.Conv2d), ('fc', nn.Linear), ('gate', nn.Linear)]
 
 def _changed_layer(model):
-    "Is a layer of another kind or size than the loops are for?"
     layers = [(name, type(m)) for name, m in model.named_children()]
     if layers != _LAYERS: return f'its layers are {", ".join(f"{name} {c.__name__}" for name, c in layers)}'
     conv, fc, gate = model.children()
@@ -248,40 +248,40 @@ def _changed_layer(model):
     wanted = [(o, 3, _SIDE, _SIDE), (o,), (k, 3), (k,), (len(fc.bias), o // k * _N * _N), (len(fc.bias),)]
     return '' if sizes == wanted else f'its parameters are {sizes}, wanted {wanted}'
 
-# %% ../nbs/12_compiled.ipynb #bdd01540
+# %% ../nbs/12_compiled.ipynb #045863fe
 def _changed_parameter(model):
-    "Is a parameter frozen, elsewhere, shared, or of another type?"
     parameters = [(m, name, getattr(m, name)) for m in model.children() for name in ('weight', 'bias')]
     for layer, name, p in parameters:
         if not (p.requires_grad and p.dtype == torch.float32 and p.is_cpu and type(p) is nn.Parameter):
             return f'{name} of {layer} is {p.dtype} on {p.device}{"" if p.requires_grad else ", frozen"}, ' \
                    'wanted a float32 parameter on the CPU that is trained'
         if p._backward_hooks or p._post_accumulate_grad_hooks: return f'{name} of {layer} has a hook'
-    return '' if len({p for *_, p in parameters}) == len(parameters) else 'two layers share a parameter'
+    if len({p for *_, p in parameters}) < len(parameters): return 'two layers share a parameter'
+    n = sum(len(m._parameters) + len(m._buffers) for m in (model, *model.children()))
+    return '' if n == len(parameters) else 'it has more parameters or buffers'
 
-# %% ../nbs/12_compiled.ipynb #1c8e3e84
+# %% ../nbs/12_compiled.ipynb #fe953081
 _HOOKS = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
 
 def _watched(model):
-    "Does somebody expect to see each layer at work, or has changed what one does in this model alone?"
     if any(getattr(nn.modules.module, f'_global{kind}') for kind in _HOOKS): return 'all modules have a hook'
     for m in (model, *model.children()):
         if any(getattr(m, kind) for kind in _HOOKS): return f'{type(m).__name__} has a hook'
-        own = {'forward', 'gates', '_conv_forward'} & vars(m).keys()
+        own = {'forward', 'gates', '_conv_forward', '_call_impl', '_wrapped_call_impl'} & vars(m).keys()
         if own: return f'{own.pop()} of this {type(m).__name__} has been replaced'
-    return 'autocast is on' if torch.is_autocast_enabled('cpu') else ''
+    return ''
 
-# %% ../nbs/12_compiled.ipynb #5521577f
+# %% ../nbs/12_compiled.ipynb #4249ebb7
 def why_not(
     model: nn.Module,  # Any model
 ) -> str:  # What is not as the loops need it, in one line; '' if they do what `train_step` would
     "Is it an `ImageClassifier` as the package has it, on a CPU, float32, with all parts trained, no hooks?"
     if type(model) is not ImageClassifier: return f'it is a {type(model).__name__}, wanted an ImageClassifier'
-    return _changed_layer(model) or _changed_method() or _changed_parameter(model) or _watched(model)
+    if mode := active_mode(): return f'{mode} is on'
+    return _changed_layer(model) or _changed_function() or _changed_parameter(model) or _watched(model)
 
-# %% ../nbs/12_compiled.ipynb #0faa4fb3
-def _check_batch(xb, yb, classes):
-    "Raise an error in one line if a batch is not one for the loops"
+# %% ../nbs/12_compiled.ipynb #2bb01b3b
+def _check_batch(xb, yb, classes):                      # an error in one line if a batch is not for the loops
     images = xb.shape[1:] == (3, 32, 32) and xb.dtype == torch.float32 and xb.is_cpu and not xb.requires_grad
     if not images or not len(xb):
         raise ValueError(f'compiled_step: images are {xb.dtype} {tuple(xb.shape)} on {xb.device}, wanted '
@@ -292,7 +292,7 @@ def _check_batch(xb, yb, classes):
     if not 0 <= yb.min() <= yb.max() < classes:
         raise IndexError(f'compiled_step: labels go from {yb.min()} to {yb.max()}, wanted 0 to {classes - 1}')
 
-# %% ../nbs/12_compiled.ipynb #4a70a631
+# %% ../nbs/12_compiled.ipynb #a8670d59
 def compiled_step(
     model: ImageClassifier,  # One for which `why_not` has nothing to say; else a `ValueError` says it
     opt: torch.optim.Optimizer,  # Of the model's parameters
@@ -306,7 +306,8 @@ def compiled_step(
     with one_thread():
         with torch.no_grad(): loss, logits, gradients = _loss_and_gradients(model, xb, yb)
         opt.zero_grad()
-        for m, d in zip((model.conv, model.gate, model.fc), gradients): m.weight.grad, m.bias.grad = d
+        for m, (d_w, d_b) in zip((model.conv, model.gate, model.fc), gradients):
+            for p, d in ((m.weight, d_w), (m.bias, d_b)): p.grad = d if p.grad is None else p.grad + d
         opt.step()
     return loss, logits
 

@@ -6,8 +6,8 @@
 __all__ = ['OFFICIAL_SHA256', 'ImageData', 'tensors_sha256', 'shapes10', 'ImageDataset', 'Shuffle', 'BatchLoader', 'DataLoaders',
            'dataloaders', 'is_cifar10', 'load_data']
 
-# %% ../nbs/00_data.ipynb #97ce6668
-import hashlib, os, warnings
+# %% ../nbs/00_data.ipynb #a40a058e
+import hashlib, os, re, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -18,11 +18,24 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from .files import check_settings, document
 from .sources import NAME, cifar10_roots, draw_shapes, official, read_npz, torchvision_cifar10
 
-# %% ../nbs/00_data.ipynb #ed574ed4
+# %% ../nbs/00_data.ipynb #aa34ad00
 #| code-fold: true
 _TENSORS = 'x_train', 'y_train', 'x_test', 'y_test'
 
-def _check(data, part):
+def _check_names(data):
+    "Raise a `ValueError` if name and classes are not texts; a list of classes becomes a tuple"
+    if not isinstance(data.name, str) or not 0 < len(data.name) <= 500:
+        raise ValueError(f'name is {data.name!r:.60}, wanted a text of 1 to 500 letters')
+    classes = data.classes
+    if not isinstance(classes, (tuple, list)) or not all(isinstance(c, str) for c in classes):
+        raise ValueError(f'classes is {classes!r:.60}, wanted the names of the labels: a tuple of texts')
+    object.__setattr__(data, 'classes', tuple(classes))
+
+def _check(data):
+    _check_names(data)
+    for part in ('train', 'test'): _check_part(data, part)
+
+def _check_part(data, part):
     "Raise a `ValueError` if this part is not images and their labels"
     x, y, classes = getattr(data, f'x_{part}'), getattr(data, f'y_{part}'), data.classes
     def refuse(what, found, wanted): raise ValueError(f'{what}_{part} is {found}, wanted {wanted}')
@@ -35,7 +48,7 @@ def _check(data, part):
     if not 0 <= y.min() <= y.max() < len(classes):
         refuse('y', f'from {y.min()} to {y.max()}', f'0 to {len(classes) - 1}, for {len(classes)} classes')
 
-# %% ../nbs/00_data.ipynb #30d96d5a
+# %% ../nbs/00_data.ipynb #5e0b99c8
 @dataclass(frozen=True)
 class ImageData:
     "Training and test images in memory, and what they are; checked when made, else a `ValueError`"
@@ -45,8 +58,7 @@ class ImageData:
     y_test: torch.Tensor  # Their labels, int64 (M,)
     classes: tuple  # Name of each label
     name: str  # What the pixels are: 'CIFAR-10', 'CIFAR-10, unverified copy 1a2b3c4d', 'shapes10 (synthetic)'
-    def __post_init__(self):
-        for part in ('train', 'test'): _check(self, part)
+    def __post_init__(self): _check(self)
     @property
     def sha256(self):
         "Hash of the pixels and labels as they are now"
@@ -59,16 +71,18 @@ class ImageData:
         return replace(self, x_train=self.x_train[:n_train], y_train=self.y_train[:n_train],
                        x_test=self.x_test[:n_test], y_test=self.y_test[:n_test])
     def __repr__(self):
-        return (f'{self.name}: {len(self.x_train):,} training and {len(self.x_test):,} test images, '
-                f'sha256 {self.sha256[:12]}')
+        n, m = len(self.x_train), len(self.x_test)
+        return f'{self.name}: {n:,} training and {m:,} test images, sha256 {self.sha256[:12]}'
 
-# %% ../nbs/00_data.ipynb #43925ee4
+# %% ../nbs/00_data.ipynb #ce96e630
+def _bytes(t): return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()  # of any type
+
 def tensors_sha256(
     *tensors: torch.Tensor,  # On any device
 ) -> str:  # 64 hex digits
     "Hash of tensors' shapes and values"
     h = hashlib.sha256()
-    for t in tensors: h.update(f'{t.dtype} {tuple(t.shape)}'.encode()); h.update(t.cpu().contiguous().numpy())
+    for t in tensors: h.update(f'{t.dtype} {tuple(t.shape)}'.encode()); h.update(_bytes(t))
     return h.hexdigest()
 
 # %% ../nbs/00_data.ipynb #aaf2e614
@@ -99,7 +113,7 @@ class ImageDataset(Dataset):
         from PIL import Image
         return self.transform(Image.fromarray(self.images[i])), self.targets[i]
 
-# %% ../nbs/00_data.ipynb #d503ca37
+# %% ../nbs/00_data.ipynb #a14984c1
 class Shuffle(Sampler):
     "A new random order of `n` images each epoch, from a generator of its own"
     def __init__(self,
@@ -109,10 +123,10 @@ class Shuffle(Sampler):
     def __len__(self): return self.n
     def order(self) -> torch.Tensor:  # int64 (n,)
         "Draw the next epoch's order"
-        return torch.randperm(self.n, generator=self.generator)
+        return torch.randperm(self.n, generator=self.generator, device='cpu')
     def __iter__(self): return iter(self.order().tolist())
 
-# %% ../nbs/00_data.ipynb #504a58b0
+# %% ../nbs/00_data.ipynb #aed2f03e
 class BatchLoader:
     "Batches cut straight from uint8 tensors in memory"
     def __init__(self,
@@ -125,7 +139,7 @@ class BatchLoader:
     def __len__(self): return -(-len(self.x) // self.bs)
 
     def __iter__(self):
-        order = self.sampler.order() if self.sampler else torch.arange(len(self.x))
+        order = self.sampler.order() if self.sampler else torch.arange(len(self.x), device='cpu')
         for i in order.to(self.x.device).split(self.bs):
             # (B, 3, 32, 32) in [0, 1], and (B,); index_select is faster than x[i]
             yield self.x.index_select(0, i).float().div_(255), self.y[i]
@@ -154,14 +168,14 @@ def dataloaders(
     return DataLoaders(DataLoader(ImageDataset(data.x_train, data.y_train), sampler=shuffle, **own),
                        DataLoader(ImageDataset(data.x_test, data.y_test), **own))
 
-# %% ../nbs/00_data.ipynb #22d87ffa
+# %% ../nbs/00_data.ipynb #8f0d80ac
 OFFICIAL_SHA256 = '44ec2972b7f45f486f222e79ddfe83dbacbc4688e5859ca924e2dba2481d2c2d'
 
 def is_cifar10(
     name: str,  # Of data
 ) -> bool:  # Are these CIFAR-10's images (perhaps in an unverified copy)?
     "Whether the report's numbers may stand beside numbers from these data"
-    return name.split(',')[0] == NAME
+    return re.fullmatch(f'{NAME}(, (unverified copy [0-9a-f]{{8}}|JPEG re-encoding))?', name) is not None
 
 def _named(data):
     "Data from a file, under the name that they deserve"

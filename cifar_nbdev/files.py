@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['atomic_write', 'progress_bar', 'check_settings', 'pick_device', 'reference_arithmetic', 'document']
 
-# %% ../nbs/10_files.ipynb #8ee12029
+# %% ../nbs/10_files.ipynb #73910d41
 import os, sys, tempfile, threading
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from numbers import Integral, Real
 from pathlib import Path
 
+import numpy as np
 import torch
 from fastcore.docments import docments
 from tqdm.auto import tqdm
@@ -46,23 +47,25 @@ def progress_bar(
     watched = sys.stderr is not None and (sys.stderr.isatty() or 'ipykernel' in sys.modules)
     return tqdm(**kwargs) if show and watched else tqdm(**kwargs, disable=True)     # not False: TQDM_DISABLE
 
-# %% ../nbs/10_files.ipynb #f09a55aa
+# %% ../nbs/10_files.ipynb #f8913fe8
 _RULES = {'lr': (Real, lambda v: v > 0, 'a finite learning rate above 0'),
           'momentum': (Real, lambda v: 0 <= v < 1, 'a number from 0 to below 1'),
           'weight_decay': (Real, lambda v: v >= 0, 'a finite number of 0 or more'),
           'epochs': (Integral, lambda v: v >= 1, 'a whole number of 1 or more'),
-          'bs': (Integral, lambda v: v >= 1, 'a whole number of 1 or more'),
+          'bs': (Integral, lambda v: 1 <= v < 2**31, 'a whole number of 1 or more'),
           'seed': (Integral, lambda v: 0 <= v < 2**63, 'a whole number from 0 to below 2**63')}
 
 def check_settings(
     **settings,  # Any of lr, momentum, weight_decay, epochs, bs, seed
-):
+) -> list:  # The same as Python's own numbers, so that they can be saved and compared
     "Raise a `ValueError` that names the first setting that makes no sense, and what was wanted"
     for name, value in settings.items():
         kind, fits, wanted = _RULES[name]
+        if isinstance(value, np.generic): value = value.item()
         number = isinstance(value, kind) and not isinstance(value, bool)
         if not number or not abs(value) < 1e300 or not fits(value):
             raise ValueError(f'{name} is {value!r}, wanted {wanted}')
+    return [(float if _RULES[name][0] is Real else int)(value) for name, value in settings.items()]
 
 # %% ../nbs/10_files.ipynb #27d91b86
 def pick_device(

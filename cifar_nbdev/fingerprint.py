@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['MODULES', 'fingerprint', 'differences', 'OtherCodeError']
 
-# %% ../nbs/14b_fingerprint.ipynb #8e224814
+# %% ../nbs/14b_fingerprint.ipynb #f9397144
 import hashlib, inspect
 from importlib import import_module
 from types import FunctionType, ModuleType
+
+from torch.nn.modules import module as torch_module
 
 from .checkpoint import function_code
 from .files import document
@@ -55,7 +57,7 @@ def _from_torch(f):
             found |= {path: f for path, f in used.items() if _counts(m, f)}
     return found
 
-# %% ../nbs/14b_fingerprint.ipynb #949b5fe8
+# %% ../nbs/14b_fingerprint.ipynb #4cf2d896
 MODULES = ('files', 'data', 'model', 'checkpoint', 'train', 'machine', 'compiled', 'captured', 'readings',
            'runs', 'fingerprint', 'sweep')
 
@@ -74,6 +76,8 @@ def fingerprint(
 ) -> dict:  # Name of each function, method and constant, and a hash of what it is
     "The package's code that a run uses, in this process, by content"
     found = {'model=': model_sha256} if model_sha256 else {}
+    hooks = {k: v for k, v in vars(torch_module).items() if k.startswith('_global') and isinstance(v, dict)}
+    if any(hooks.values()): found['global hooks of torch.nn'] = repr([k for k, v in hooks.items() if v])
     for module in [f'cifar_nbdev.{part}' for part in MODULES]:
         for name, v in vars(import_module(module)).items(): found |= _members(module, name, v)
     for f in [f for f in found.values() if isinstance(f, FunctionType)]: found |= _from_torch(f)

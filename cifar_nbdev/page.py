@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['markdown', 'write_report', 'check_folder', 'reproduce']
 
-# %% ../nbs/16_page.ipynb #ed7cac26
+# %% ../nbs/16_page.ipynb #e02a95a3
 import base64, io, sys, time
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from .data import ImageData, is_cifar10, load_data
 from .files import atomic_write, document, pick_device
 from .report import (FIGURES, accuracy_table, by_lr, claims, curves, data_label, figure_style,
                                 shared)
-from .runs import Settings, new_model, pick_step
+from .runs import Settings, new_model, own_model, pick_step
 from .sweep import check_sweep, sweep
 
 # %% ../nbs/16_page.ipynb #71c12509
@@ -178,11 +178,11 @@ def check_folder(
         raise OSError(f'cannot write to the output folder {folder}: {e.strerror}. '
                       'Choose another with out (--out)') from None
 
-# %% ../nbs/16_page.ipynb #521ac0a0
+# %% ../nbs/16_page.ipynb #a9ab88bf
 def _announce(data, configs, model, device):
     "One line on standard error: data, number of runs, epochs, step"
     with torch.random.fork_rng(devices=[]):             # the user's function may draw from the global one
-        net = model(data, configs[0].seed) if model else new_model(data, configs[0])
+        net = new_model(data, configs[0]) if model is None else own_model(model, data, configs[0].seed)
     step, n, epochs = pick_step(net, pick_device(device)).__name__, len(configs), configs[0].epochs
     print(f'{data_label(data.name)}: {n} run{"s" * (n > 1)} of {epochs} epoch{"s" * (epochs > 1)} by {step}',
           file=sys.stderr, flush=True)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['CHANGES', 'Settings', 'Normalised', 'new_model', 'pick_step', 'environment', 'peak_memory', 'weights_sha256',
-           'save_weights', 'load_weights', 'train_run', 'run_name', 'save_run', 'load_run', 'load_runs']
+           'save_weights', 'load_weights', 'own_model', 'train_run', 'run_name', 'save_run', 'load_run', 'load_runs']
 
-# %% ../nbs/14_runs.ipynb #e7e33e9b
-import hashlib, json, platform, re, subprocess, time
-from dataclasses import asdict, dataclass, fields
+# %% ../nbs/14_runs.ipynb #357ddf8d
+import hashlib, json, platform, re, subprocess, threading, time
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,16 +28,16 @@ from .model import INITS
 from .readings import READINGS
 from .train import cosine, fit, train_step
 
-# %% ../nbs/14_runs.ipynb #80aeb316
+# %% ../nbs/14_runs.ipynb #34a95887
 CHANGES = {'normalised input': dict(normalise=True), 'cosine schedule': dict(schedule=cosine),
            'four branches': dict(branches=4)}
 CHANGES['all three'] = {k: v for change in CHANGES.values() for k, v in change.items()}
 
 def _one_of(name, value, known):
-    if value not in known:
+    if not isinstance(value, (str, type(None))) or value not in known:
         raise ValueError(f'unknown {name} {value!r}: wanted one of {", ".join(map(str, known))}')
 
-# %% ../nbs/14_runs.ipynb #7d5d5740
+# %% ../nbs/14_runs.ipynb #790ea6ce
 @dataclass(frozen=True)
 class Settings:
     "What a run was told; checked when made, else a `ValueError` that names the value and what was wanted"
@@ -51,10 +51,10 @@ class Settings:
     init: str = 'pytorch'  # Rule for the initial weights, one of `INITS`
     change: str | None = None  # Of the recipe, one of `CHANGES`
     def __post_init__(self):
-        for f in fields(self):                          # NumPy's numbers as Python's, for JSON
-            if hasattr(v := getattr(self, f.name), 'item'): object.__setattr__(self, f.name, v.item())
-        numbers = 'lr', 'momentum', 'weight_decay', 'epochs', 'bs', 'seed'
-        check_settings(**{name: getattr(self, name) for name in numbers})
+        names = 'lr', 'momentum', 'weight_decay', 'epochs', 'bs', 'seed'
+        numbers = {name: getattr(self, name) for name in names}
+        for name, value in zip(numbers, check_settings(**numbers)):         # NumPy's as Python's, for JSON
+            object.__setattr__(self, name, value)
         if not str(self.reading).startswith('own: '): _one_of('reading', self.reading, READINGS)
         _one_of('init', self.init, INITS)
         _one_of('change', self.change, (None, *CHANGES))
@@ -117,7 +117,7 @@ def _version(package):
     try: return version(package)
     except PackageNotFoundError: return None
 
-# %% ../nbs/14_runs.ipynb #f96dc5db
+# %% ../nbs/14_runs.ipynb #104999c5
 def environment(
     device: torch.device,  # Where it computes
     step=train_step,  # What did the steps
@@ -126,7 +126,8 @@ def environment(
     from torch.backends import cpu
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
     packages = {p: _version(p) for p in ('torchvision', 'numpy', 'numba')}
-    return dict(cifar_nbdev=__version__, commit=_commit(), step=step.__name__,
+    return dict(cifar_nbdev=__version__, commit=_commit(),
+                step=getattr(step, '__name__', type(step).__name__),
                 python=platform.python_version(), torch=torch.__version__, **packages,
                 platform=platform.platform(), device=name, cpu=cpu.get_cpu_capability(),
                 threads=torch.get_num_threads())
@@ -136,7 +137,7 @@ def peak_memory() -> int | None:  # MB; None where there is no /proc
     try: return int(re.search(r'VmHWM:\s*(\d+) kB', Path('/proc/self/status').read_text())[1]) // 1000
     except OSError: return None             # getrusage would answer too, but counts the parent process in
 
-# %% ../nbs/14_runs.ipynb #5c530f08
+# %% ../nbs/14_runs.ipynb #49e9cd4f
 def _state(model):
     "The tensors of a model, or of its state, by name"
     return model if isinstance(model, dict) else getattr(model, '_orig_mod', model).state_dict()
@@ -147,7 +148,8 @@ def weights_sha256(
     "Hash of names and values of all weights: equal when every bit is"
     h = hashlib.sha256()
     for name, t in sorted(_state(model).items()):
-        h.update(name.encode()); h.update(t.cpu().contiguous().numpy())
+        h.update(name.encode())
+        h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())    # of any type
     return h.hexdigest()
 
 def save_weights(
@@ -155,7 +157,7 @@ def save_weights(
     path: str | Path,  # Ends in .safetensors
 ):
     "Save a model's weights, whole or not at all"
-    state = {k: v.cpu().contiguous() for k, v in _state(model).items()}
+    state = {k: v.cpu().contiguous().clone() for k, v in _state(model).items()}     # none shares memory
     with atomic_write(path) as tmp: save_file(state, tmp)
 
 # %% ../nbs/14_runs.ipynb #593290c2
@@ -174,7 +176,22 @@ def load_weights(
     load_state(model, state, path)
     return model
 
-# %% ../nbs/14_runs.ipynb #d7f32e06
+# %% ../nbs/14_runs.ipynb #a3d952a4
+_making = threading.Lock()                              # the global random state is one for all threads
+
+def own_model(
+    model,  # Called with (data, seed)
+    data: ImageData,  # Passed on
+    seed: int,  # Passed on, and put into PyTorch's global random state meanwhile
+) -> nn.Module:  # What it makes, the same each time
+    "A net of your own, made without a trace in the global random state"
+    with _making, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = model(data, seed)
+    if isinstance(net, nn.Module): return net
+    raise ValueError(f'model gives {type(net).__name__}, wanted an nn.Module from f(data, seed)')
+
+# %% ../nbs/14_runs.ipynb #7d84baf9
 #| code-fold: true
 def train_run(
     data: ImageData,  # What to train and test on
@@ -187,16 +204,15 @@ def train_run(
 ) -> tuple[dict, nn.Module]:  # The run, as in its JSON, and the trained model
     "Train one model from a seed"
     start, device = time.perf_counter(), pick_device(device)
-    with torch.random.fork_rng(devices=[], enabled=model is not None):  # for a net that ignores its seed
-        if model: torch.manual_seed(settings.seed)
-        net = model(data, settings.seed) if model else new_model(data, settings)
+    net = new_model(data, settings) if model is None else own_model(model, data, settings.seed)
+    sha256 = code_sha256(net, weights=model is not None)
     s, step = settings, step or pick_step(net.to(device), device)
     history = fit(net, dataloaders(data, s.bs, seed=s.seed), s.epochs, s.lr, s.momentum, s.weight_decay,
                   device=device, step=step, schedule=CHANGES.get(s.change, {}).get('schedule'), **kwargs)
     if history.interrupted: raise KeyboardInterrupt
     seconds = time.perf_counter() - start + sum(e['seconds'] for e in history.epochs[:history.resumed])
     about = dict(name=data.name, sha256=data.sha256, n_train=len(data.x_train), n_test=len(data.x_test))
-    return dict(config=asdict(settings), data=about, model=code_sha256(net), env=environment(device, step),
+    return dict(config=asdict(settings), data=about, model=sha256, env=environment(device, step),
                 epochs=history.epochs, wall_seconds=round(seconds, 2), peak_memory_mb=peak_memory(),
                 weights_sha256=weights_sha256(net)), net
 

@@ -67,9 +67,9 @@ WAYS = {"the report's recipe": partial(_loop, TwoConvolutions, num_workers=2),
         'one convolution': partial(_loop, ImageClassifier), 'fit': partial(_fit, train_step),
         'fit, compiled_step': partial(_fit, compiled_step)}
 
-# %% ../nbs/07_speed.ipynb #3ffeec5f
+# %% ../nbs/07_speed.ipynb #97cbbf07
 def _seconds(f, steps, n=8):
-    "Mean time of f(i), where i goes round from 0 to n - 1"
+    # mean time of f(i), where i goes round from 0 to n - 1
     for i in range(n): f(i)
     start = time.perf_counter()
     for i in range(steps): f(i % n)
@@ -232,7 +232,7 @@ def ratios(
     memory = {'memory (MB)': pd.Series(result['memory_mb'])} if 'memory_mb' in result else {}
     return pd.DataFrame({'seconds': seconds} | beside | memory)
 
-# %% ../nbs/07_speed.ipynb #d43e6ece
+# %% ../nbs/07_speed.ipynb #80d9fea6
 #| code-fold: true
 def plot_epochs(
     result: dict,  # What `bench` gives
@@ -243,10 +243,9 @@ def plot_epochs(
     beside = dict(textcoords='offset points', va='center', fontsize='small')
     with figure_style():
         fig, ax = plt.subplots(figsize=(7.5, .42*len(table) + 1.1), layout='constrained')
-        colors = [COLORS[.005] if w in WAYS else 'gray' for w in table.index]
-        ax.barh(table.index, table.seconds, color=colors)
-        factors = table['times fit, compiled_step']
-        for i, (t, seconds, factor) in enumerate(zip(times, table['seconds'], factors)):
+        ways, seconds_, factors = table.index, table['seconds'], table['times fit, compiled_step']
+        ax.barh(ways, seconds_, color=[COLORS[.005] if w in WAYS else 'gray' for w in ways])
+        for i, (t, seconds, factor) in enumerate(zip(times, seconds_, factors)):
             ax.plot(t, [i]*len(t), 'o', ms=3.5, mfc='white', mec='black', mew=.8)
             ax.annotate(f'{seconds:.1f} s, {factor:.2f} ×', (max(t), i), (6, 0), **beside)
         ax.axvline(alone := min(c['compiled'] for c in result['convolutions']), color='black', ls='--', lw=1)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SweepError', 'SweepInterrupt', 'check_sweep', 'sweep']
 
-# %% ../nbs/15_sweep.ipynb #2e246596
+# %% ../nbs/15_sweep.ipynb #ef9b2441
 import copyreg, hashlib, os, signal, tempfile, threading, time
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -17,6 +17,7 @@ from pathlib import Path
 import cloudpickle, loky
 import numpy as np
 import torch
+from torch import nn
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
@@ -24,7 +25,7 @@ from .checkpoint import code_sha256
 from .data import ImageData
 from .files import document, pick_device, progress_bar
 from .fingerprint import OtherCodeError, differences, fingerprint
-from .runs import Settings, load_run, run_name, save_run, train_run
+from .runs import Settings, load_run, own_model, run_name, save_run, train_run
 
 # %% ../nbs/15_sweep.ipynb #c64927df
 @dataclass(frozen=True)
@@ -40,13 +41,13 @@ class _Job:
     code: str | None = None  # Hash of this session's code; None: the worker is a thread of it
     pause: int | None = None  # Epoch at which the run is put aside
 
-# %% ../nbs/15_sweep.ipynb #8b623cdd
+# %% ../nbs/15_sweep.ipynb #7ce2365c
 class _Dropped(Exception): "The sweep of a run is over"
 
 _ARRAYS = 'x_train', 'y_train', 'x_test', 'y_test'
 
 def _share(data, folder, executor, threads, device):
-    "Put images where workers get them"
+    # puts images where workers get them
     if threads: return data.to(device)
     if client := getattr(executor, '_client', None): return client.scatter(data, broadcast=True)
     for k in _ARRAYS: np.save(f'{folder}/{k}.npy', getattr(data, k).cpu().numpy())
@@ -59,18 +60,18 @@ def _mapped(folder, classes, name, device):
     return ImageData(*arrays, classes, name).to(device)
 
 def _images(shared, device):
-    "What `_share` gave, as data"
+    # what `_share` gave, as data
     if isinstance(shared, ImageData): return shared.to(device)
     if not Path(shared[0]).is_dir(): raise _Dropped     # started when its sweep was over
     return _mapped(*shared, device)
 
-# %% ../nbs/15_sweep.ipynb #b290930b
+# %% ../nbs/15_sweep.ipynb #86d89b1e
 def _digest(code): return hashlib.sha256(repr(sorted(code.items())).encode()).hexdigest()
 
 def _check_code(job, data):
     "In a worker process: raise an `OtherCodeError` if its code is not that of the sweep"
-    net = job.model and cloudpickle.loads(job.model)(data, job.settings.seed)
-    code = fingerprint(net and code_sha256(net))
+    net = job.model and own_model(cloudpickle.loads(job.model), data, job.settings.seed)
+    code = fingerprint(net and code_sha256(net, weights=True))
     if _digest(code) != job.code: raise OtherCodeError(code)
 
 def _refusal(differ):
@@ -223,13 +224,15 @@ class SweepInterrupt(KeyboardInterrupt):
         super().__init__(f'{len(runs)} of {total} runs finished. {where}')
         self.runs = runs
 
-# %% ../nbs/15_sweep.ipynb #75a4c650
+# %% ../nbs/15_sweep.ipynb #1c79be7f
 def _listed(name, values):
     if isinstance(values, str) or not hasattr(values, '__iter__'):
         raise ValueError(f'{name} is {values!r}, wanted a list: [{values!r}]')
     if values := list(values): return values
     raise ValueError(f'{name} is empty, wanted at least one value')
 
+# %% ../nbs/15_sweep.ipynb #50a5e95a
+#| code-fold: true
 def check_sweep(
     lrs,  # Learning rates
     seeds,  # Seeds
@@ -239,26 +242,29 @@ def check_sweep(
     **settings,  # Of all runs, as in `Settings`
 ) -> list:  # `Settings` of each run, for each learning rate those of each seed
     "Raise a `ValueError` for the first senseless argument of a sweep"
-    ours = ('reading', 'init', 'change') if model else ()           # of the package's own models
+    ours = ('reading', 'init', 'change') if model is not None else ()           # of the package's own models
     known = [f.name for f in fields(Settings) if f.name not in ('lr', 'seed', *ours)]
     for name in settings:
         if name not in known: raise ValueError(f'unknown setting {name!r}, wanted one of {", ".join(known)}')
-    if model and not callable(model): raise ValueError(f'model is {model!r:.60}, wanted f(data, seed)')
+    if isinstance(model, nn.Module) or not (model is None or callable(model)):
+        raise ValueError(f'model is {model!r:.60}, wanted a function: f(data, seed) -> nn.Module')
     if workers is not None and workers < 1: raise ValueError(f'workers is {workers}, wanted 1 or more')
     pick_device(device)
-    if model: settings['reading'] = 'own: ' + getattr(model, '__name__', type(model).__name__).strip('<>')
+    if model is not None:
+        settings['reading'] = 'own: ' + getattr(model, '__name__', type(model).__name__).strip('<>')
     lrs, seeds = _listed('lrs', lrs), _listed('seeds', seeds)
     return [Settings(lr=lr, seed=seed, **settings) for lr in lrs for seed in seeds]
 
-# %% ../nbs/15_sweep.ipynb #ad944ae1
+# %% ../nbs/15_sweep.ipynb #89d9bdfe
 # of a net that names torch and data.classes, cloudpickle believes that it uses the module torch.classes
 for m in (torch.classes, torch.ops): copyreg.pickle(type(m), lambda m: (import_module, (m.__name__,)))
 
 def _jobs(data, configs, device, out, model):
-    "A job for each run, by name"
-    jobs, shas, sha256, pickled = {}, {}, data.sha256, model and cloudpickle.dumps(model)
-    for seed in {c.seed for c in configs} if model else ():
-        with torch.random.fork_rng(devices=[]): shas[seed] = code_sha256(model(data, seed))
+    # a job for each run, by name
+    sha256, jobs, shas = data.sha256, {}, {}
+    pickled = None if model is None else cloudpickle.dumps(model)
+    for seed in {c.seed for c in configs} if pickled else ():
+        shas[seed] = code_sha256(own_model(model, data, seed), weights=True)
     for c in configs:
         name = run_name(asdict(c), sha256, shas.get(c.seed))
         jobs[name] = _Job(name, c, str(device), pickled, shas.get(c.seed), out and str(out))

@@ -6,7 +6,7 @@
 __all__ = ['train_step', 'eval_mode', 'evaluate', 'History', 'Training', 'train_epoch', 'train_epochs', 'NonFiniteLossError',
            'FiniteLoss', 'cosine', 'Schedule', 'Progress', 'fit']
 
-# %% ../nbs/02_train.ipynb #7a8944ce
+# %% ../nbs/02_train.ipynb #7ce2af5a
 import math, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .checkpoint import Checkpoint
 from .data import DataLoaders, ImageData
@@ -36,7 +37,7 @@ def train_step(
     opt.step()
     return loss.detach(), logits.detach()
 
-# %% ../nbs/02_train.ipynb #8ce315b5
+# %% ../nbs/02_train.ipynb #f1b75f9f
 @contextmanager
 def eval_mode(
     model: nn.Module,  # Any model
@@ -51,12 +52,13 @@ def eval_mode(
 def _room(dl, device):
     "Two numbers for each batch; a tensor per batch would pin the memory around it"
     n = len(dl) if hasattr(dl, '__len__') else 0
-    if n: return torch.zeros(2, n, device=device)
+    if n: return torch.zeros(2, n, dtype=torch.float32, device=device)
     raise ValueError(f'{type(dl).__name__} has no batches, or no length: wanted a list or a DataLoader')
 
 def _means(losses, hits, sizes):
     "Mean loss and accuracy over images from values per batch, in one transfer from the device"
-    (losses, hits), sizes = torch.stack([losses, hits]).cpu().double(), torch.tensor(sizes).double()
+    sizes = torch.tensor(sizes, dtype=torch.float64, device='cpu')
+    losses, hits = torch.stack([losses, hits]).cpu().double()[:, :len(sizes)]
     return (losses @ sizes / sizes.sum()).item(), (hits.sum() / sizes.sum()).item()
 
 # %% ../nbs/02_train.ipynb #43bf07a4
@@ -98,7 +100,7 @@ class History:
                 f"train loss {last['train_loss']:.3f}, train accuracy {last['train_acc']:.1%}, "
                 f"test accuracy {last['test_acc']:.1%}")
 
-# %% ../nbs/02_train.ipynb #5ab2d861
+# %% ../nbs/02_train.ipynb #ececb6a9
 @dataclass
 class Training:
     "A training on its way, as callbacks see it"
@@ -116,7 +118,8 @@ class Training:
     callbacks: list = field(default_factory=list)  # Who is told
     def tell(self, event):
         "Call this method of all callbacks that have it; does one of them say True?"
-        return True in [getattr(c, event)(self) is True for c in self.callbacks if hasattr(c, event)]
+        said = [getattr(c, event)(self) for c in self.callbacks if hasattr(c, event)]
+        return any(s is True or hasattr(s, 'item') and s.item() is True for s in said)     # NumPy's, too
 
 # %% ../nbs/02_train.ipynb #22a1df97
 def train_epoch(
@@ -156,13 +159,13 @@ class NonFiniteLossError(ArithmeticError):
         super().__init__(message)
         self.history = history
 
-# %% ../nbs/02_train.ipynb #a038e5de
+# %% ../nbs/02_train.ipynb #4397b7e9
 #| code-fold: true
 class FiniteLoss:
     "Callback: end with a `NonFiniteLossError` that names the cause when a loss is not finite"
     def before_fit(self, t):
-        for name, p in t.model.state_dict().items():
-            if p.is_floating_point() and not p.isfinite().all():
+        for name, p in t.model.named_parameters():
+            if not is_lazy(p) and not p.isfinite().all():
                 self._stop(t, f'{name} of the model is not finite before any step. Make or load it again')
     def after_epoch(self, t):
         bad = (~t.losses.isfinite()).nonzero()
@@ -177,7 +180,7 @@ class FiniteLoss:
                      'Try a smaller learning rate')
     def _stop(self, t, why): raise NonFiniteLossError(why, t.history)
 
-# %% ../nbs/02_train.ipynb #b17285f6
+# %% ../nbs/02_train.ipynb #720aee52
 def cosine(
     done: float,  # Part of the epochs that is done, from 0 to 1
 ) -> float:  # Factor of the learning rate, from 1 to 0
@@ -187,7 +190,11 @@ def cosine(
 class Schedule:
     "Callback: set the learning rate of the next epoch by the training's schedule"
     def before_fit(self, t):
-        for group in t.opt.param_groups: group['lr'] = t.lr * t.schedule(len(t.history) / t.epochs)
+        if len(t.history) >= t.epochs: return           # there is no next epoch
+        factor = float(t.schedule(done := len(t.history) / t.epochs))
+        if not 0 <= factor < math.inf:
+            raise ValueError(f'schedule gives {factor} at {done:.3g} of the epochs, wanted 0 or more')
+        for group in t.opt.param_groups: group['lr'] = t.lr * factor
     after_epoch = before_fit
 
 # %% ../nbs/02_train.ipynb #72a032dd
@@ -200,20 +207,27 @@ class Progress:
     def after_epoch(self, t): self.bar.set_postfix_str(repr(t.history).split(': ')[-1])
     def after_fit(self, t): self.bar.close()
 
-# %% ../nbs/02_train.ipynb #d2008c8c
+# %% ../nbs/02_train.ipynb #79cf49aa
 #| code-fold: true
 class _AfterEpoch:                                      # a plain function as a callback
     def __init__(self, f): self.f = f
     def after_epoch(self, t): return self.f(t.model, t.history)
 
-def _checked(dls, callbacks):
+def _checked(model, dls, callbacks, schedule, step):
     "A pair of loaders, and callbacks as objects with methods"
+    if not isinstance(model, nn.Module):
+        raise ValueError(f'model is {model!r:.60}, wanted an nn.Module: with brackets, if it is its class')
+    for name, f in (('schedule', schedule or cosine), ('step', step)):
+        if not callable(f): raise ValueError(f'{name} is {f!r}, wanted a function')
     if isinstance(dls, ImageData): raise ValueError('dls is ImageData, wanted loaders: dataloaders(data)')
     if not hasattr(dls, '__len__') or len(dls) != 2:
         raise ValueError(f'dls is {type(dls).__name__}, wanted a pair of loaders: (train, test)')
     if not isinstance(callbacks, (list, tuple)):
         raise ValueError(f'callbacks is {callbacks!r}, wanted a list: [{callbacks!r}]')
     events = 'before_fit', 'after_batch', 'after_epoch', 'after_fit'
+    for c in callbacks:
+        if isinstance(c, type) or not (callable(c) or any(hasattr(c, e) for e in events)):
+            raise ValueError(f'callbacks has {c!r}, wanted functions, or objects with {", ".join(events)}')
     return (*dls, [c if any(hasattr(c, e) for e in events) else _AfterEpoch(c) for c in callbacks])
 
 # %% ../nbs/02_train.ipynb #835e88d2
@@ -224,7 +238,7 @@ def _with_own(checkpoint, schedule, callbacks, progress):
     if schedule: own.append(Schedule())
     return own + callbacks + [Progress()] * progress
 
-# %% ../nbs/02_train.ipynb #b59e3540
+# %% ../nbs/02_train.ipynb #6af7ba93
 def fit(
     model: nn.Module,  # Trained in place, and moved to the device
     dls: DataLoaders,  # What `dataloaders` gives, or any pair (train, test) of loaders
@@ -239,10 +253,11 @@ def fit(
     schedule=None,  # Gives an epoch's factor of lr by the part of epochs done: `cosine`; None: 1 throughout
     callbacks=(),  # Objects with methods, or functions called after each epoch with (model, history)
     step=train_step,  # Does a step; faster ones are `compiled_step` and `captured_step`
-) -> History:  # A row per epoch; Ctrl-C, or a callback that returns True, ends it with the epochs so far
+) -> History:  # A row per epoch; Ctrl-C, or a callback that returns True, ends it early
     "Train with cross-entropy and SGD; test after each epoch"
-    check_settings(lr=lr, momentum=momentum, weight_decay=weight_decay, epochs=epochs)
-    device, (train, test, callbacks) = pick_device(device), _checked(dls, callbacks)
+    lr, momentum, weight_decay, epochs = check_settings(
+        lr=lr, momentum=momentum, weight_decay=weight_decay, epochs=epochs)
+    device, (train, test, callbacks) = pick_device(device), _checked(model, dls, callbacks, schedule, step)
     opt = torch.optim.SGD(model.to(device).parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
     t = Training(model, opt, train, test, epochs, lr, schedule, device, step)
     t.callbacks = _with_own(checkpoint, schedule, callbacks, progress)

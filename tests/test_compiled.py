@@ -155,6 +155,50 @@ def test_other_models_are_refused(model):
 def test_the_sizes_that_it_takes(sizes): assert why_not(ImageClassifier(**sizes)) == ''
 
 
+@pytest.mark.parametrize('owner, name, new', [
+    (F, 'relu', F.leaky_relu), (F, 'cross_entropy', F.multi_margin_loss), (nn.Linear, 'forward', nn.Identity.forward),
+    (F, 'conv2d', lambda *args: 0), (F, 'linear', torch.conv2d), (torch, 'einsum', lambda *args: 0),
+    (torch.Tensor, 'backward', lambda self: None), (nn.Module, '_call_impl', lambda self, x: x),
+    (nn.Conv2d, '_call_impl', lambda self, x: x)])
+def test_another_function_in_its_place_is_noticed(monkeypatch, owner, name, new):
+    monkeypatch.setattr(owner, name, new)
+    assert 'has been replaced' in why_not(ImageClassifier(seed=0))
+
+
+@pytest.mark.parametrize('mode, said', [(torch.no_grad, 'no_grad'), (torch.inference_mode, 'no_grad'),
+                                        (torch.overrides.BaseTorchFunctionMode, 'BaseTorchFunctionMode')])
+def test_a_mode_is_noticed(mode, said):
+    model = ImageClassifier(seed=0)
+    with mode(): assert said in why_not(model)
+    assert not why_not(model)
+
+
+def test_layers_may_have_their_parameters_in_any_order_but_no_others(small):
+    model = ImageClassifier(seed=0)
+    nn.utils.weight_norm(model.gate); nn.utils.remove_weight_norm(model.gate)
+    want = trained(compiled_step, batches(small))
+    torch.testing.assert_close(trained(compiled_step, batches(small), model=model).sort()[0], want.sort()[0])
+    model.conv.scale = nn.Parameter(torch.ones(1))
+    assert 'more parameters' in why_not(model)
+
+
+def test_gradients_are_added_where_they_are_kept(small):
+    class Twice(torch.optim.SGD):                       # a step for two batches
+        n = 0
+        def zero_grad(self, *args):
+            self.n += 1
+            if self.n % 2: super().zero_grad(*args)
+        def step(self, *args):
+            if not self.n % 2: super().step(*args)
+    ends = []
+    for step in (train_step, compiled_step):
+        model = ImageClassifier(seed=0)
+        opt = Twice(model.parameters(), lr=.05)
+        for xb, yb in batches(small) * 2: step(model, opt, xb, yb)
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*ends, atol=1e-6, rtol=0)
+
+
 def patched(old): return functools.wraps(old)(lambda *args, **kwargs: old(*args, **kwargs))
 
 @pytest.mark.parametrize('owner, name', [(ImageClassifier, 'forward'), (ImageClassifier, 'gates'),

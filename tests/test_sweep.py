@@ -234,7 +234,7 @@ def test_a_net_of_ones_own_is_swept(small, tmp_path, make):
     assert len({r['weights_sha256'] for r in runs}) == 2
     assert {r['config']['reading'] for r in runs} == {'own: lambda'}
     assert torch.equal(torch.get_rng_state(), random)
-    assert {r['model'] for r in runs} == {code_sha256(Net(0))}
+    assert {r['model'] for r in runs} == {code_sha256(Net(seed), weights=True) for seed in SEEDS}
     assert results(load_runs(tmp_path)) == results(runs)
 
 
@@ -248,6 +248,54 @@ def test_a_net_is_known_by_content_not_by_name(small, tmp_path):
     after = sweep(small, (.01,), model=net, out=tmp_path, **ONE)
     assert before[0]['weights_sha256'] != after[0]['weights_sha256'] and len(load_runs(tmp_path)) == 2
     assert sweep(small, (.01,), model=net, out=tmp_path, **ONE) == after
+
+
+class Scaled(Net):
+    "A plain attribute counts"
+    def __init__(self, scale):
+        super().__init__(0)
+        self.scale = scale
+
+    def forward(self, x): return self.scale * super().forward(x)
+
+
+@pytest.mark.parametrize('others', [
+    lambda: [lambda data, seed, s=s: Scaled(s) for s in (1., 9.)],                  # an attribute
+    lambda: [lambda data, seed, s=s: Net(seed + s) for s in (0, 1)],                # initial weights
+    lambda: [lambda data, seed, s=s: nn.Sequential(nn.Flatten(), nn.Dropout(s), nn.Linear(3072, 10)) for s in (.1, .2)]])
+def test_another_net_never_gets_an_old_run_back(small, tmp_path, others):
+    a, b = (sweep(small, (.01,), model=f, out=tmp_path, executor=ThreadPoolExecutor(1), **ONE)[0] for f in others())
+    assert a['weights_sha256'] != b['weights_sha256'] and len(load_runs(tmp_path)) == 2
+
+
+def test_a_net_that_ignores_its_seed_is_the_same_each_time(small):
+    def net(data, seed): return nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+    runs = [sweep(small, (.01,), (0, 1), model=net, executor=ThreadPoolExecutor(2), **ONE) for _ in range(2)]
+    assert results(runs[0]) == results(runs[1]) and len({r['weights_sha256'] for r in runs[0]}) == 2
+
+
+def test_a_net_in_half_precision_or_with_tied_weights_is_saved(small, tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3072, 3072, bias=False), nn.Linear(3072, 3072, bias=False)
+            self.b.weight, self.fc = self.a.weight, nn.Linear(3072, 10).bfloat16()
+        def forward(self, x): return self.fc(self.b(self.a(x.flatten(1))).bfloat16()).float()
+    run = sweep(small, (1e-6,), model=lambda data, seed: Tied(), out=tmp_path, executor=ThreadPoolExecutor(1), **ONE)[0]
+    assert load_runs(tmp_path) == [run] and len(list(tmp_path.glob('*.safetensors'))) == 1
+
+
+@pytest.mark.parametrize('model, said', [(Net(0), 'wanted a function'), (lambda data, seed: 5, 'gives int'), (5, 'wanted a function')])
+def test_what_makes_no_net_is_refused(small, model, said):
+    with pytest.raises(ValueError, match=said): sweep(small, (.01,), model=model, **ONE)
+
+
+def test_a_global_hook_is_noticed(small):
+    before = fingerprint()
+    hook = nn.modules.module.register_module_forward_hook(lambda *args: None)
+    try: assert differences(before, fingerprint()) == ['global hooks of torch.nn']
+    finally: hook.remove()
+    assert fingerprint() == before
 
 
 # a session whose code is not what workers import

@@ -4,13 +4,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
+from cifar_nbdev.checkpoint import describe_batches
 from cifar_nbdev.compiled import compiled_step
 from cifar_nbdev.data import dataloaders
 from cifar_nbdev.files import reference_arithmetic
@@ -300,3 +302,54 @@ def test_epochs_before_a_loss_that_is_not_finite_are_kept(small):
 def test_standard_error_may_be_missing(small, monkeypatch):
     monkeypatch.setattr('sys.stderr', None)
     assert len(fit(ImageClassifier(seed=0), dataloaders(small), 1, progress=True)) == 1
+
+
+# What is passed
+
+@pytest.mark.parametrize('bad, said', [
+    (dict(callbacks=[3]), 'callbacks has 3'), (dict(callbacks=[Watch]), 'callbacks has'), (dict(schedule='cosine'), "schedule is 'cosine'"),
+    (dict(step='compiled_step'), "step is 'compiled_step'"), (dict(schedule=lambda done: -1), 'schedule gives -1'),
+    (dict(schedule=lambda done: math.nan), 'schedule gives nan'), (dict(model=ImageClassifier), 'wanted an nn.Module')])
+def test_what_makes_no_sense_is_named_before_training(small, bad, said):
+    with pytest.raises(ValueError, match=said) as e: fit(bad.pop('model', ImageClassifier(seed=0)), dataloaders(small), 1, **bad)
+    assert len(str(e.value).splitlines()) == 1
+
+
+def test_a_schedule_is_asked_for_the_epochs_only(small):
+    assert len(fit(ImageClassifier(seed=0), dataloaders(small), 3, schedule=lambda done: [1, .5, .1][int(done * 3)])) == 3
+
+
+def test_numbers_of_numpy_are_numbers(small, tmp_path):
+    def worse(model, history): history.epochs[-1]['mine'] = np.float64(1)
+    for epochs in (1, 2):
+        history = fit(ImageClassifier(seed=0), dataloaders(small), epochs, np.float64(.01), np.float32(.5), checkpoint=tmp_path/'c',
+                      callbacks=[worse])
+    assert len(history) == 2
+    stop = fit(ImageClassifier(seed=0), dataloaders(small), 9, callbacks=[lambda model, history: np.float64(1) > 0])
+    assert len(stop) == 1
+
+
+def test_what_is_not_finite_by_intention_is_let_be(small):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = ImageClassifier(seed=0)
+            self.register_buffer('mask', torch.full((2, 2), -math.inf).triu(1))
+        def forward(self, x): return self.net(x)
+    assert len(fit(Masked(), dataloaders(small), 1)) == 1
+
+
+@pytest.mark.parametrize('default', [torch.bfloat16, torch.float64])
+def test_the_sums_do_not_depend_on_the_sessions_default(small, default):
+    model, want = ImageClassifier(seed=0), evaluate(ImageClassifier(seed=0), dataloaders(small).test)
+    torch.set_default_dtype(default)
+    try: assert evaluate(model, dataloaders(small).test) == want
+    finally: torch.set_default_dtype(torch.float32)
+
+
+def test_a_checkpoint_tells_parts_and_orders_of_a_data_set_apart(small):
+    data = TensorDataset(small.x_train.float() / 255, small.y_train)
+    seen = [describe_batches(dl) for dl in (
+        DataLoader(data, 50), DataLoader(data, 50, shuffle=True), DataLoader(Subset(data, range(100)), 50),
+        DataLoader(Subset(data, range(100, 200)), 50))]
+    assert all(a != b for i, a in enumerate(seen) for b in seen[:i])
