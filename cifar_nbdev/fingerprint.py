@@ -42,7 +42,7 @@ def _counts(module, f):
     return isinstance(f, FunctionType) and (module.__name__.startswith('torch.nn') or
                                             (f.__module__ or '').split('.')[0] != 'torch')
 
-# %% ../nbs/14b_fingerprint.ipynb #a2bcda9c
+# %% ../nbs/14b_fingerprint.ipynb #cbaf0e59
 def _from_torch(f):
     "Functions of PyTorch that a function names, and methods of layers: name -> function"
     f = inspect.unwrap(f)
@@ -52,7 +52,8 @@ def _from_torch(f):
         for n in names & vars(m).keys():
             v, path = vars(m)[n], f'{m.__name__}.{n}'
             if _is_torch(v) and v not in modules: modules.append(v)
-            methods = ('__init__', 'forward') if isinstance(v, type) else ()
+            # torch.compile puts another __init__ into nn.Module itself
+            methods = ('__init__', 'forward') if isinstance(v, type) and n != 'Module' else ()
             used = {f'{path}.{k}': vars(v).get(k) for k in methods} or {path: v}
             found |= {path: f for path, f in used.items() if _counts(m, f)}
     return found

@@ -14,7 +14,7 @@ from cifar_nbdev.checkpoint import code_sha256
 from cifar_nbdev.data import shapes10
 from cifar_nbdev.fingerprint import differences, fingerprint
 from cifar_nbdev.model import ImageClassifier
-from cifar_nbdev.runs import load_runs
+from cifar_nbdev.runs import load_runs, own_model
 from cifar_nbdev.sweep import SweepError, check_sweep, sweep
 from cifar_nbdev.train import NonFiniteLossError
 from conftest import hashes, python
@@ -234,7 +234,8 @@ def test_a_net_of_ones_own_is_swept(small, tmp_path, make):
     assert len({r['weights_sha256'] for r in runs}) == 2
     assert {r['config']['reading'] for r in runs} == {'own: lambda'}
     assert torch.equal(torch.get_rng_state(), random)
-    assert {r['model'] for r in runs} == {code_sha256(Net(seed), weights=True) for seed in SEEDS}
+    nets = [own_model(lambda data, seed: Net(seed), small, seed) for seed in SEEDS]
+    assert {r['model'] for r in runs} == {code_sha256(net, weights=True) for net in nets}
     assert results(load_runs(tmp_path)) == results(runs)
 
 
