@@ -209,7 +209,7 @@ def _do(jobs, data, executor, workers, runs, progress):
         except KeyboardInterrupt: return True
     return False
 
-# %% ../nbs/15_sweep.ipynb #44e2830f
+# %% ../nbs/15_sweep.ipynb #37bfe7d1
 class SweepError(RuntimeError):
     "Some runs of a sweep failed: `runs` has those that finished, `errors` those that did not, by name"
     def __init__(self, errors, runs):
@@ -220,7 +220,7 @@ class SweepError(RuntimeError):
 class SweepInterrupt(KeyboardInterrupt):
     "Ctrl-C in a sweep: `runs` has those that had finished"
     def __init__(self, runs, total, out=None):
-        where = f'The same call goes on from {out}' if out else 'They are in its `runs`; with out= the same call goes on'
+        where = f'The same call goes on from {out}' if out else 'They are in its `runs`, and out= keeps them'
         super().__init__(f'{len(runs)} of {total} runs finished. {where}')
         self.runs = runs
 
