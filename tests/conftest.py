@@ -10,6 +10,13 @@ from cifar_nbdev.data import shapes10
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(scope='session', autouse=True)
+def compiled_code():
+    "Compiled once, in a process of its own, so that no test sees the line that says so"
+    subprocess.run([sys.executable, '-c', 'from cifar_nbdev.compiled import available; available()'],
+                   env=clean_env(), capture_output=True)
+
+
 @pytest.fixture(scope='session')
 def small():
     "300 training and 100 test images: three batches an epoch"
