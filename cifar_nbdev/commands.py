@@ -61,11 +61,12 @@ def _say_finished(folder, seen, over):
             seen.add(file)
         if last: return
 
-# %% ../nbs/17_commands.ipynb #43093a93
+# %% ../nbs/17_commands.ipynb #355aeee6
 @contextmanager
 def _lines(folder):
     "Where there is no bar, a line for each run when it is finished"
-    if sys.stderr is None or sys.stderr.isatty() or 'ipykernel' in sys.modules: folder = None
+    from cifar_nbdev.files import in_notebook
+    if sys.stderr is None or sys.stderr.isatty() or in_notebook(): folder = None
     over = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         if folder: pool.submit(_say_finished, folder, _finished(folder), over)

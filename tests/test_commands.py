@@ -83,7 +83,6 @@ def test_lines_and_no_bar_where_nobody_watches(good):
 def test_a_bar_where_somebody_watches(monkeypatch, capsys):
     for watched in (True, False):
         monkeypatch.setattr(sys.stderr, 'isatty', lambda: watched, raising=False)
-        monkeypatch.delitem(sys.modules, 'ipykernel', raising=False)
         with progress_bar(total=3, desc='here') as bar: bar.update(3)
         assert ('here: 100%' in capsys.readouterr().err) == watched
 
