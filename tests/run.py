@@ -30,7 +30,8 @@ def main():
     notebooks, count = execute.run_all(check=True), Count()
     for wrong in notebooks.values(): print(*wrong, sep='\n', end='\n' * bool(wrong), flush=True)
     bad = sum(map(bool, notebooks.values()))
-    status = pytest.main(['tests', '-q', '--durations=5'], plugins=[count])
+    # two at a time, a file's tests together: what they share is made once
+    status = pytest.main(['tests', '-q', '-n', '2', '--dist', 'loadfile', '--durations=5'], plugins=[count])
     passed, failed = len(notebooks) - bad + count.passed, bad + count.failed
     if not notebooks or status and not count.failed: failed += 1        # no notebooks, no tests, or it broke
     print(f'{passed} passed, {failed} failed' + f', {count.skipped} skipped' * (count.skipped > 0))
