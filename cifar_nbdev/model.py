@@ -85,7 +85,7 @@ class ImageClassifier(nn.Module):
         check_images(x)
         return self.fc(weighted_sum(self.gates(x), F.relu(self.conv(x))))
 
-# %% ../nbs/01_model.ipynb #4d259e7a
+# %% ../nbs/01_model.ipynb #7c445bca
 def _pytorch(layer, generator):
     bound = layer.weight[0].numel() ** -.5                                  # 1 / sqrt(inputs)
     for p in (layer.weight, layer.bias): nn.init.uniform_(p, -bound, bound, generator=generator)
@@ -94,16 +94,24 @@ def _normal(layer, generator):
     _pytorch(layer, generator)
     nn.init.normal_(layer.weight, 0, .01, generator=generator)
 
+def _normal_linear(layer, generator):
+    (_normal if isinstance(layer, nn.Linear) else _pytorch)(layer, generator)
+
+def _normal_zero(layer, generator):
+    _normal(layer, generator)
+    nn.init.zeros_(layer.bias)
+
 def _xavier(layer, generator):
     _pytorch(layer, generator)
     nn.init.xavier_uniform_(layer.weight, generator=generator)
 
-INITS = {'pytorch': _pytorch, 'normal 0.01': _normal, 'xavier': _xavier}
+INITS = {'pytorch': _pytorch, 'normal 0.01': _normal, 'normal 0.01, linear only': _normal_linear,
+         'normal 0.01, zero biases': _normal_zero, 'xavier': _xavier}
 
-# %% ../nbs/01_model.ipynb #1900061c
+# %% ../nbs/01_model.ipynb #2d277d20
 def initialise(
     model: nn.Module,  # Its convolutions and linear layers get new weights
-    init: str,  # One of `INITS`; biases are PyTorch's in all of them
+    init: str,  # One of `INITS`; biases are PyTorch's unless it says otherwise
     seed: int | None,  # None: from torch's global state
 ):
     "Draw initial weights"

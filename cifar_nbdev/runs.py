@@ -216,7 +216,7 @@ def train_run(
                 epochs=history.epochs, wall_seconds=round(seconds, 2), peak_memory_mb=peak_memory(),
                 weights_sha256=weights_sha256(net)), net
 
-# %% ../nbs/14_runs.ipynb #bc7228fb
+# %% ../nbs/14_runs.ipynb #effe8ebd
 def run_name(
     config: dict,  # A run's settings
     data_sha256: str,  # Hash of its data
@@ -225,7 +225,8 @@ def run_name(
     "File name of a run, without ending, by content"
     own = [model_sha256] if config['reading'].startswith('own: ') else []
     key = hashlib.sha256(json.dumps([config, data_sha256, *own], sort_keys=True).encode()).hexdigest()[:8]
-    what = re.sub(r'[^\w.-]+', '-', config.get('change') or config['reading'])
+    init = '' if config.get('init', 'pytorch') == 'pytorch' else ' ' + config['init']
+    what = re.sub(r'[^\w.-]+', '-', (config.get('change') or config['reading']) + init)
     return f"{what[:40]}-lr{config['lr']:g}-seed{config['seed']}-{key}"
 
 # %% ../nbs/14_runs.ipynb #4b8d5d96
