@@ -117,12 +117,13 @@ def _version(package):
     try: return version(package)
     except PackageNotFoundError: return None
 
-# %% ../nbs/14_runs.ipynb #104999c5
+# %% ../nbs/14_runs.ipynb #edb4a7f4
 def environment(
     device: torch.device,  # Where it computes
     step=train_step,  # What did the steps
 ) -> dict:  # Names and values, as a run's JSON has them
     "Versions, machine, and the step"
+    from llvmlite.binding import get_host_cpu_name      # with Numba; knows the kind of processor
     from torch.backends import cpu
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
     packages = {p: _version(p) for p in ('torchvision', 'numpy', 'numba')}
@@ -130,7 +131,7 @@ def environment(
                 step=getattr(step, '__name__', type(step).__name__),
                 python=platform.python_version(), torch=torch.__version__, **packages,
                 platform=platform.platform(), device=name, cpu=cpu.get_cpu_capability(),
-                threads=torch.get_num_threads())
+                processor=get_host_cpu_name(), threads=torch.get_num_threads())
 
 def peak_memory() -> int | None:  # MB; None where there is no /proc
     "Most memory that this process ever held"
