@@ -133,7 +133,16 @@ def cifar_bench(
         with atomic_write(out) as tmp: tmp.write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
     print(f'{ratios(result).round(2).to_string()}\n\nwritten to {out}')
 
-# %% ../nbs/17_commands.ipynb #53f261ee
+# %% ../nbs/17_commands.ipynb #f08e4d6e
+def _verify(p, data, out, args):
+    "What `cifar_results --verify` does: print the checks, exit with 1 when one fails"
+    from cifar_nbdev.results import verify
+    checks = verify(data, out, **args | dict(epochs=2))
+    print(checks.to_string(index=False))
+    failed = sum(checks['verdict'] == 'DIFFERS')
+    if failed: p.exit(1, f'{p.prog}: {failed} of {len(checks)} checks failed\n')
+
+# %% ../nbs/17_commands.ipynb #855e1d6b
 def cifar_results(
     argv: list | None = None,  # Arguments; None: the command line's
 ):
@@ -141,15 +150,18 @@ def cifar_results(
     p = _Parser('cifar_results', 'Make all run files that the pages are drawn from. Some hours on two cores. '
                 'Stop it and call it again: it does what is missing.', 'results')
     _training(p)
+    p.add_argument('--verify', action='store_true', default=argparse.SUPPRESS,
+                   help='train two epochs of the runs in OUT again and compare')
     args = vars(p.parse_args(argv))
-    out, data = Path(args.pop('out')), args.pop('data')
+    out, data, check = Path(args.pop('out')), args.pop('data'), args.pop('verify', False)
     with _one_line_errors(p), _lines(out):
-        from cifar_nbdev.changes import make_results
         from cifar_nbdev.data import load_data
         from cifar_nbdev.page import check_folder
+        from cifar_nbdev.results import make_results
         from cifar_nbdev.sweep import check_sweep
         check_sweep([.005], [0], args.get('device'), args.get('workers'), epochs=args['epochs'])
         data = load_data(data)
+        if check: return _verify(p, data, out, args)
         check_folder(out)
         make_results(data, out, **args)
     print(f'{len(_finished(out))} runs are in {out}, '

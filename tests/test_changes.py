@@ -1,16 +1,10 @@
-"""Choosing on a validation set, testing once, and making all results anew"""
-import json
-
+"""Choosing on a validation set, and what a change brings"""
 import numpy as np
-import pytest
 import torch
 
-from cifar_nbdev import changes
-from cifar_nbdev.changes import (choose, final_test, gains, make_results, validation_split,
-                                 validation_table)
-from cifar_nbdev.data import ImageData, shapes10
-from cifar_nbdev.runs import load_runs, run_name
-from conftest import hashes
+from cifar_nbdev.changes import choose, gains, validation_split, validation_table
+from cifar_nbdev.data import ImageData
+from cifar_nbdev.runs import run_name
 
 
 def run(acc, lr=.01, seed=0, change=None):
@@ -60,46 +54,3 @@ def test_a_gain_is_counted_seed_by_seed():
     half = 4.302653 * 1 / 3**.5         # t with 2 degrees of freedom; differences 2, 3, 1 have sd 1
     np.testing.assert_allclose((row['gain from'], row['gain to']), (2 - half, 2 + half), rtol=1e-6)
     assert table.index.tolist() == ['none', 'four branches'] and np.isnan(table.loc['none', 'gain'])
-
-
-@pytest.fixture(scope='module')
-def made(tmp_path_factory):
-    "All results on a few shapes, with one reading and one change: data and folder"
-    data, out = shapes10(300, 100), tmp_path_factory.mktemp('made')/'results'
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(changes, 'READINGS', ('gate', 'mix-first'))
-        m.setattr(changes, 'CHANGES', {c: changes.CHANGES[c] for c in ['all three']})
-        make_results(data, out, epochs=1, device='cpu', workers=2, progress=False)
-        before = hashes(out)
-        make_results(data, out, epochs=1, device='cpu', workers=2, progress=False)
-        assert hashes(out) == before                                           # nothing was done again
-    return data, out
-
-
-def test_all_results_are_made(made):
-    data, out = made
-    runs = load_runs(out)
-    assert len(runs) == 3*10 + 5 + 3*3 and {r['data']['sha256'] for r in runs} == {data.sha256}
-    of_changes = load_runs(out/'changes')
-    assert len(of_changes) == 2 * (2*3 + 5)
-    assert {r['data']['sha256'] for r in of_changes} == {validation_split(data).sha256}
-    found = json.loads((out/'inside.json').read_text())
-    first = next(r for r in runs if [r['config'][k] for k in ('lr', 'seed', 'reading')] == [.005, 0, 'gate'])
-    assert np.trace(found['confusion']) / 100 == pytest.approx(first['epochs'][-1]['test_acc'])
-
-
-def test_only_what_was_chosen_is_tested_and_only_once(made):
-    data, out = made
-    runs = load_runs(out/'changes')
-    found, best = json.loads((out/'changes'/'tested.json').read_text()), choose(runs)
-    chosen = {run_name(r['config'], r['data']['sha256']): r['weights_sha256'] for r in runs
-              if best[r['config'].get('change') or 'none'] == r['config']['lr']}
-    assert {n: t['weights_sha256'] for n, t in found.items()} == chosen and len(chosen) == 2 * 8
-    for weights in (out/'changes').glob('*.safetensors'): weights.unlink()
-    assert final_test(data, out/'changes') == found                                  # read, not tested again
-
-
-def test_weights_meet_only_the_data_that_they_were_split_from(made):
-    data, out = made
-    with pytest.raises(ValueError, match='are of other data, wanted validation_split of this'):
-        final_test(shapes10(300, 100, seed=1), out/'changes')
