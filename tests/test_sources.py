@@ -1,5 +1,6 @@
 """Downloading CIFAR-10, against servers on this machine that are good, wrong, slow or silent"""
-import hashlib, io, pickle, socket, tarfile, threading
+import hashlib, io, pickle, shutil, socket, tarfile, threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 from cifar_nbdev import sources
 from cifar_nbdev.data import load_data
-from cifar_nbdev.sources import DownloadError, download
+from cifar_nbdev.download import DownloadError, download
 from conftest import save_npz
 
 BODY = bytes(range(256)) * 400
@@ -53,6 +54,18 @@ def nonsense_length(h, body): h.head('much'); h.wfile.write(body)
 def closed_half_way(h, body): h.head(len(body)); h.wfile.write(body[:len(body) // 2])
 def silent(h, body): h.server.over.wait(30)
 def stalled(h, body): h.head(len(body)); h.wfile.write(body[:1000]); h.server.over.wait(30)
+def server_error(h, body):
+    if len(h.server.asked) % 2: h.send_error(500)
+    else: good(h, body)
+def evil_words(h, body): h.send_response(404, '\x1b[2Jgone\x07'); h.end_headers()
+def to_a_file(h, body): h.send_response(302); h.send_header('Location', 'file:///etc/hostname'); h.end_headers()
+
+def dripping(h, body):
+    "Headers that never end, a byte at a time: each comes before any time limit of a socket"
+    for byte in b'HTTP/1.0 200 OK\r\nX: ' + b'x' * 10_000:
+        if h.server.over.wait(.05): return
+        h.wfile.write(bytes([byte]))
+
 def not_http(h, body): h.wfile.write(b'hello\r\n\r\n')
 
 def trickling(h, body):
@@ -116,7 +129,8 @@ def test_a_length_is_not_needed(serve, tmp_path):
     (not_found, '404'), (wrong_bytes, 'has MD5'),
     (wrong_length, f'{len(BODY) + 1:,} bytes long, wanted {len(BODY):,}'), (nonsense_length, 'much'),
     (closed_half_way, f'ended after {len(BODY) // 2:,} of {len(BODY):,}'), (silent, 'timed out'),
-    (stalled, 'timed out'), (not_http, 'hello'), (endless, 'ended after')],
+    (stalled, 'timed out'), (not_http, 'hello'), (endless, 'ended after'), (dripping, 'no answer within 1.5 s'),
+    (evil_words, 'HTTP Error 404: ?[2Jgone?'), (to_a_file, 'Redirection to url')],
     ids=lambda a: getattr(a, '__name__', ''))
 def test_a_bad_source_alone_is_an_error_and_leaves_nothing(serve, tmp_path, answer, said):
     server = serve(answer)
@@ -126,12 +140,17 @@ def test_a_bad_source_alone_is_an_error_and_leaves_nothing(serve, tmp_path, answ
 
 
 @pytest.mark.parametrize('answer', [not_found, wrong_bytes, wrong_length, closed_half_way, silent, stalled,
-                                    not_http, endless])
+                                    not_http, endless, dripping, evil_words, to_a_file])
 def test_after_a_bad_source_comes_the_next(serve, tmp_path, answer):
     bad, ok, never = serve(answer), serve(good), serve(good)
     assert get(tmp_path/'file', bad, ok, never).read_bytes() == BODY
     assert [p.name for p in tmp_path.iterdir()] == ['file']
     assert (len(bad.asked), len(ok.asked), len(never.asked)) == (1, 1, 0)
+
+
+def test_a_server_in_trouble_is_asked_once_more(serve, tmp_path):
+    server = serve(server_error)
+    assert get(tmp_path/'file', server).read_bytes() == BODY and len(server.asked) == 2
 
 
 def test_a_source_below_the_floor_is_left(serve, tmp_path):
@@ -247,10 +266,10 @@ def test_after_an_address_that_is_none_come_the_others(serve, official, monkeypa
     assert is_official(load_data('cifar10', root=tmp_path), official[0])
 
 
-def test_the_users_own_address_may_be_a_file(official, monkeypatch, tmp_path):
+def test_a_file_is_no_address(official, monkeypatch, tmp_path):
     (tmp_path/'mine').write_bytes(official[1])
     monkeypatch.setenv('CIFAR10_URL', (tmp_path/'mine').as_uri())
-    assert is_official(load_data('cifar10', root=tmp_path/'root'), official[0])
+    with pytest.raises(DownloadError, match='unknown url type: file'): load_data('cifar10', root=tmp_path/'root')
 
 
 def test_a_download_goes_to_the_cache_or_where_the_environment_says(serve, official, monkeypatch, tmp_path):
@@ -293,10 +312,56 @@ def test_what_was_put_there_by_hand_is_used(official, monkeypatch, tmp_path, whe
     assert is_official(load_data('auto', root=folder if where == 'root' else None), files)
 
 
-def test_a_damaged_folder_is_made_again_from_the_archive_beside_it(official, tmp_path):
-    unpack(official[0] | {'data_batch_3': b'damaged'}, tmp_path)
+@pytest.mark.parametrize('name', ['data_batch_3', 'batches.meta'])
+def test_a_damaged_folder_is_made_again_from_the_archive_beside_it(official, tmp_path, name):
+    unpack(official[0] | {name: b'damaged'}, tmp_path)
     (tmp_path/sources.ARCHIVE).write_bytes(official[1])
+    for _ in range(2): assert is_official(load_data('cifar10', root=tmp_path), official[0])
+    folder = tmp_path/'cifar-10-batches-py'
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == official[0]
+    assert {p.name for p in tmp_path.iterdir()} == {sources.ARCHIVE, folder.name}
+
+
+def test_a_damaged_folder_alone_is_fetched_again_once(serve, official, monkeypatch, tmp_path):
+    server = serve(good, official[1])
+    monkeypatch.setattr(sources, 'SOURCES', (server.url,))
+    unpack(official[0] | {'batches.meta': b'damaged'}, tmp_path)
+    for _ in range(2): assert is_official(load_data('cifar10', root=tmp_path), official[0])
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize('what', ['folder', 'file'])
+def test_nothing_is_written_through_a_link(official, tmp_path, what):
+    root, other = tmp_path/'root', tmp_path/'other'
+    unpack(official[0] | {'data_batch_1': b'precious'}, other)
+    place = root/'cifar-10-batches-py'
+    if what == 'folder':
+        root.mkdir()
+        place.symlink_to(other/'cifar-10-batches-py', target_is_directory=True)
+    else:
+        unpack(official[0], root)
+        (place/'data_batch_1').unlink()
+        (place/'data_batch_1').symlink_to(other/'cifar-10-batches-py'/'data_batch_1')
+    (root/sources.ARCHIVE).write_bytes(official[1])
+    assert is_official(load_data('cifar10', root=root), official[0])
+    assert (other/'cifar-10-batches-py'/'data_batch_1').read_bytes() == b'precious'
+    assert not place.is_symlink() and not (place/'data_batch_1').is_symlink()
+
+
+def test_an_archive_in_a_folder_that_cannot_be_written_is_read(official, monkeypatch, tmp_path):
+    (tmp_path/sources.ARCHIVE).write_bytes(official[1])
+    monkeypatch.setattr(sources.os, 'access', lambda *a: False)
     assert is_official(load_data('cifar10', root=tmp_path), official[0])
+
+
+def test_many_at_once_use_an_archive_for_the_first_time(official, tmp_path):
+    (tmp_path/sources.ARCHIVE).write_bytes(official[1])
+    for _ in range(10):
+        shutil.rmtree(tmp_path/'cifar-10-batches-py', ignore_errors=True)
+        with ThreadPoolExecutor(6) as pool:
+            found = list(pool.map(lambda _: load_data('cifar10', root=tmp_path), range(6)))
+        assert all(is_official(d, official[0]) for d in found)
+    assert {p.name for p in tmp_path.iterdir()} == {sources.ARCHIVE, 'cifar-10-batches-py'}
 
 
 class Bomb:
