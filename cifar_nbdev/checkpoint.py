@@ -192,7 +192,7 @@ def _restore(t, path, belongs):
     t.history.epochs, t.history.resumed = state['epochs'], len(state['epochs'])
     return state['random'] is not None
 
-# %% ../nbs/13b_checkpoint.ipynb #777f9df4
+# %% ../nbs/13b_checkpoint.ipynb #6cbbc842
 class Checkpoint:
     "Callback: save the training after each epoch, and go on from the file if it is there"
     def __init__(self,
@@ -210,7 +210,7 @@ class Checkpoint:
                      belongs=self.belongs)
         with atomic_write(self.path) as tmp, io.BytesIO() as f:
             torch.save(state, f)
-            tmp.write_bytes(f.getbuffer())              # Python writes: an OSError if it cannot
+            tmp.write_bytes(f.getvalue())              # Python writes: an OSError if it cannot
 
 # %% ../nbs/13b_checkpoint.ipynb #671e1ad5
 document(__name__)

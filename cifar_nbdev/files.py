@@ -188,10 +188,13 @@ def check_settings(
             raise ValueError(f'{name} is {reprlib.repr(value)}, wanted {wanted}')
     return [(float if _RULES[name][0] is Real else int)(value) for name, value in settings.items()]
 
-# %% ../nbs/10_files.ipynb #27d91b86
+# %% ../nbs/10_files.ipynb #28b76f68
+_forked = []                                            # this process, if it was forked and not started anew
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=lambda: _forked.append(os.getpid()))
+
 def pick_device(
     device: str | torch.device | None = None,  # 'cpu', 'cuda', 'cuda:1', 'mps'; None: the best one here
-) -> torch.device:  # A device that is there
+) -> torch.device:  # A device that is there; a `RuntimeError` in a forked process, which would hang
     "Choose where to compute: CUDA, Apple's MPS, or the CPU"
     there = {'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available()), 'cpu': 1}
     try: d = torch.device(device or next(k for k, n in there.items() if n))
@@ -201,6 +204,9 @@ def pick_device(
     if (d.index or 0) >= (n := there[d.type]):
         raise ValueError(f"device {str(device)!r} is not there: this machine has {n or 'no'} {d.type} "
                          f"device{'s'*(n > 1)}. Use 'cpu'")
+    if d.type == 'cpu' and _forked and torch.get_num_threads() > 1:
+        raise RuntimeError('this process was forked, where OpenMP waits for threads that only its parent has: '
+                           "call torch.set_num_threads(1) first, or start it with multiprocessing's 'spawn'")
     return d
 
 # %% ../nbs/10_files.ipynb #0b0ac8c3

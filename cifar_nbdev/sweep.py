@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SweepError', 'SweepInterrupt', 'check_sweep', 'sweep']
 
-# %% ../nbs/15_sweep.ipynb #c21c72d5
-import copyreg, hashlib, os, signal, threading, time
+# %% ../nbs/15_sweep.ipynb #19bcbbdd
+import copyreg, hashlib, multiprocessing, os, signal, threading, time
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
@@ -97,14 +97,13 @@ class _Watch:
         if self.seen: (self.scratch/f'{self.job.name}.epochs').write_text('.' * len(t.history))
         if len(t.history) == self.job.pause: raise _Paused
 
-# %% ../nbs/15_sweep.ipynb #a122a025
+# %% ../nbs/15_sweep.ipynb #48c54b7b
 def _one_thread(job, device):
     "Hold this thread to one core, and on CUDA give it a stream of its own"
     if job.code:                                        # in a process that does nothing else
         torch.set_num_threads(1)
         tqdm.set_lock(threading.RLock())                # its own is a semaphore: a killed process leaves it
-    stack = ExitStack()
-    stack.enter_context(threadpool_limits(1, 'openmp'))
+    (stack := ExitStack()).enter_context(threadpool_limits(1, 'openmp'))
     if device.type == 'cuda': stack.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
     return stack
 
@@ -125,7 +124,7 @@ def _work(job, shared):
     checkpoint.unlink(missing_ok=True)
     return run, {k: v.cpu() for k, v in model.state_dict().items()} if job.out and not here else None
 
-# %% ../nbs/15_sweep.ipynb #18bf68d5
+# %% ../nbs/15_sweep.ipynb #bed878c0
 def _begin(parent):
     "In a worker process: leave Ctrl-C to the sweep, and end when its process is gone"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -134,12 +133,14 @@ def _begin(parent):
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
+_DAEMON = 'a daemon process may start no others: pass executor=ThreadPoolExecutor(1)'
+
 @contextmanager
 def _workers(executor, threads, slots):
     "The user's executor, or threads, or processes of one thread each, which nobody waits for after an error"
     if executor or threads:
-        with nullcontext(executor) if executor else ThreadPoolExecutor(slots) as pool: yield pool
-        return
+        with nullcontext(executor) if executor else ThreadPoolExecutor(slots) as pool: return (yield pool)
+    if multiprocessing.current_process().daemon: raise RuntimeError(_DAEMON)
     pool = loky.ProcessPoolExecutor(slots, initializer=_begin, initargs=(os.getpid(),),
                                     env={'OMP_NUM_THREADS': '1'})
     try: yield pool
