@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['describe_batches', 'function_code', 'code_sha256', 'load_state', 'check_epochs', 'Checkpoint']
 
-# %% ../nbs/13b_checkpoint.ipynb #b50184ed
+# %% ../nbs/13b_checkpoint.ipynb #3c9a806a
 import hashlib, io, re, zipfile
+from contextlib import suppress
 from pathlib import Path
 from types import CodeType, FunctionType
 
@@ -125,7 +126,7 @@ def _set_random_state(state, device):
 def _order(t):                                          # the generator that shuffles, if there is one
     return getattr(getattr(t.train, 'sampler', None), 'generator', None)
 
-# %% ../nbs/13b_checkpoint.ipynb #78c7c3bd
+# %% ../nbs/13b_checkpoint.ipynb #d13e5cb5
 _KEYS = {'model', 'optimizer', 'order', 'random', 'epochs', 'belongs'}
 
 def _read_checkpoint(path):
@@ -133,11 +134,13 @@ def _read_checkpoint(path):
     def refuse(why): raise ValueError(f'{path} is not a whole checkpoint of fit ({why}). '
                                       'Delete it, or name another file')
     if path.exists() and not path.is_file(): refuse('not a file')
+    content = io.BytesIO(path.read_bytes())             # read once: another process may replace or remove it
     try:
-        with zipfile.ZipFile(path) as z:                # torch.save compresses nothing, a bomb does
+        with zipfile.ZipFile(content) as z:             # torch.save compresses nothing, a bomb does
             packed = [i.filename for i in z.infolist() if i.file_size != i.compress_size]
             damaged = packed or z.testzip()
-        state = None if damaged else torch.load(path, weights_only=True, map_location='cpu')
+        content.seek(0)
+        state = None if damaged else torch.load(content, weights_only=True, map_location='cpu')
     except Exception as e: refuse(type(e).__name__)     # whatever the bytes were
     if damaged: refuse('damaged')
     if not isinstance(state, dict) or state.keys() != _KEYS:
@@ -192,7 +195,7 @@ def _restore(t, path, belongs):
     t.history.epochs, t.history.resumed = state['epochs'], len(state['epochs'])
     return state['random'] is not None
 
-# %% ../nbs/13b_checkpoint.ipynb #6cbbc842
+# %% ../nbs/13b_checkpoint.ipynb #380e6504
 class Checkpoint:
     "Callback: save the training after each epoch, and go on from the file if it is there"
     def __init__(self,
@@ -200,7 +203,7 @@ class Checkpoint:
     ): self.path = Path(path).expanduser()
     def before_fit(self, t):
         self.belongs, self.random, self.drawn = _belongs(t), _random_state(t.device), False
-        if self.path.exists(): self.drawn = _restore(t, self.path, self.belongs)
+        with suppress(FileNotFoundError): self.drawn = _restore(t, self.path, self.belongs)
     def after_epoch(self, t):
         now, order = _random_state(t.device), _order(t)
         epochs = [{k: v.item() if hasattr(v, 'item') else v for k, v in e.items()} for e in t.history.epochs]

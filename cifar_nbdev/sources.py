@@ -124,7 +124,7 @@ def _labels(y, key, classes):
         raise DataError(f'{key} runs from {y.min()} to {y.max()}, wanted 0 to {top}')
     return y.reshape(-1).astype(np.int64)
 
-# %% ../nbs/11_sources.ipynb #b9cef057
+# %% ../nbs/11_sources.ipynb #0fb7e025
 def _names(z, headers, path, name):
     "Name of an open .npz and of its classes; None where it does not name them"
     for key, ndim, wanted in (('name', 0, 'a text'), ('classes', 1, 'a list of at most 1,000 texts')):
@@ -132,7 +132,7 @@ def _names(z, headers, path, name):
         dtype, shape = headers[key]
         if dtype.kind != 'U' or len(shape) != ndim or dtype.itemsize > 4 * 500 or math.prod(shape) > 1000:
             raise DataError(f'{key} is {dtype} {shape}, wanted {wanted} of at most 500 letters')
-    name = name or (str(z['name']) if 'name' in headers else path.stem)
+    name = str(z['name']) if 'name' in headers else name or path.stem
     if 'classes' in headers: return name, tuple(map(str, z['classes']))
     return name, CLASSES if name.split(',')[0] == NAME else None
 
@@ -149,10 +149,10 @@ def _read_arrays(z, path, name):
     numbered = tuple(f'class {k}' for k in range(max(y_train.max(), y_test.max()) + 1))
     return Arrays(_images(z['x_train']), y_train, _images(z['x_test']), y_test, classes or numbered, name)
 
-# %% ../nbs/11_sources.ipynb #6804e89f
+# %% ../nbs/11_sources.ipynb #5f8da65f
 def read_npz(
     path: str | Path,  # An .npz with Keras' keys
-    name: str | None = None,  # What it holds; None: what it says, else the file's name
+    name: str | None = None,  # What it holds, where it does not say so itself; None: the file's name
 ) -> Arrays:  # Its name is what it claims; `load_data` believes no file that it is CIFAR-10
     "Read and check an .npz; nothing in it is unpickled. A `DataError` or `OSError` says what is wrong"
     path = Path(path).expanduser()

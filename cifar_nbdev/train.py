@@ -159,7 +159,7 @@ class NonFiniteLossError(ArithmeticError):
         super().__init__(message)
         self.history = history
 
-# %% ../nbs/02_train.ipynb #4397b7e9
+# %% ../nbs/02_train.ipynb #d512b212
 #| code-fold: true
 class FiniteLoss:
     "Callback: end with a `NonFiniteLossError` that names the cause when a loss is not finite"
@@ -172,8 +172,9 @@ class FiniteLoss:
         if not len(bad) and math.isfinite(t.history.epochs[-1]['test_loss']): return
         row = t.history.epochs.pop()
         for what, dl in (('training', t.train), ('test', t.test)):
-            for i, (xb, _) in enumerate(dl, 1):
+            for i, (xb, yb) in enumerate(dl, 1):
                 if not xb.isfinite().all(): self._stop(t, f'batch {i} of the {what} images is not all finite')
+                if not (yb >= 0).any(): self._stop(t, f'batch {i} of the {what} images has none with a label')
         step = bad[0].item() + 1 if len(bad) else len(t.losses)
         value = t.losses[step - 1].item() if len(bad) else row['test_loss']
         self._stop(t, f"the loss is {value} in epoch {row['epoch']}, step {step}, with lr {t.lr:g}. "

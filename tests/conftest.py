@@ -8,6 +8,7 @@ import pytest
 from cifar_nbdev.data import shapes10
 
 ROOT = Path(__file__).resolve().parent.parent
+COMMAND = Path(sys.executable).with_name('cifar_report.exe' if os.name == 'nt' else 'cifar_report')
 
 
 @pytest.fixture(scope='session', autouse=True)

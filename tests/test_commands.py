@@ -19,9 +19,8 @@ from cifar_nbdev.runs import load_runs, load_weights, save_weights, weights_sha2
 from cifar_nbdev.sources import DataError
 from cifar_nbdev.sweep import sweep
 from cifar_nbdev.train import evaluate, fit
-from conftest import arrays, clean_env, hashes, python, save_npz
+from conftest import COMMAND, arrays, clean_env, hashes, python, save_npz
 
-COMMAND = Path(sys.executable).with_name('cifar_report.exe' if os.name == 'nt' else 'cifar_report')
 NAME = 'shapes10 (synthetic)'
 
 

@@ -1,5 +1,6 @@
 """Ends that nobody wished for: signals, forks, full disks. What is finished is kept, nothing is left behind"""
 import errno
+import json
 import os
 import signal
 import stat
@@ -9,8 +10,9 @@ import time
 
 import pytest
 
+from cifar_nbdev.data import shapes10
 from cifar_nbdev.files import abandoned, atomic_write, hold, scratch_folder
-from conftest import clean_env, python
+from conftest import COMMAND, clean_env, python, save_npz
 
 pytestmark = pytest.mark.skipif(os.name == 'nt', reason='POSIX signals and locks')
 
@@ -199,3 +201,22 @@ def test_a_daemon_process_says_that_it_may_not(tmp_path):
                        text=True)
     said, runs = r.stdout.splitlines()
     assert said == 'a daemon process may start no others: pass executor=ThreadPoolExecutor(1)' and runs == '2'
+
+
+def test_four_at_once_in_one_folder(tmp_path):
+    "Same and other settings, a new compiler's cache: each writes what it would write alone"
+    save_npz(tmp_path/'d.npz', shapes10(300, 100))
+    def command(*more, out='report'):
+        return [COMMAND, '--data', 'd.npz', '--epochs', '2', '--device', 'cpu', '--workers', '1', '--out', out, *more]
+    def begin(args): return subprocess.Popen(args, cwd=tmp_path, env=env, stdout=subprocess.PIPE,
+                                             stderr=subprocess.PIPE, text=True)
+    env, other = clean_env(NUMBA_CACHE_DIR=tmp_path/'cache'), ('--lrs', '0.02')
+    processes = [begin(command(*more)) for more in ((), (), other, ('--lrs', '0.005'))]
+    said = [(p.communicate()[1], p.returncode) for p in processes]
+    assert [code for _, code in said] == [0] * 4, said
+    alone = begin(command('--lrs', '0.005,0.01,0.0001,0.02', out='alone'))
+    assert alone.communicate() and alone.returncode == 0
+    results = [{p.name: json.loads(p.read_text())['weights_sha256'] for p in (tmp_path/out/'runs').glob('*.json')}
+               for out in ('report', 'alone')]
+    assert results[0] == results[1] and len(results[0]) == 4
+    assert not list((tmp_path/'report').rglob('.*')) and not list(tmp_path.rglob('*.ckpt'))

@@ -27,6 +27,7 @@ TRIES = int(os.environ.get('FUZZ', 2000))               # FUZZ=20000 for a long 
 DATA = shapes10(40, 20)
 fuzz = settings(max_examples=TRIES, derandomize=True, deadline=None, database=None, phases=[Phase.generate],
                 suppress_health_check=list(HealthCheck))
+half = settings(fuzz, max_examples=TRIES // 2)          # for a reader with two tests
 
 
 # What can happen to bytes
@@ -133,17 +134,17 @@ def npz_reader(folder, content):
     if d: assert d.x_train.dtype == torch.uint8 and len(d.classes) > d.y_train.max() and d.name != 'CIFAR-10'
 
 
-@fuzz
+@half
 @given(damage())
 def test_npz(folder, npz, change): npz_reader(folder, change(npz))
 
 
-@fuzz
+@half
 @given(damage(), st.integers(0, 5))
 def test_npz_with_checksums_that_fit(folder, npz, change, i): npz_reader(folder, inside_zip(npz, i, change))
 
 
-@fuzz
+@half
 @given(damage())
 def test_run_bytes(folder, run, change):
     file = folder/run[1].name
@@ -151,7 +152,7 @@ def test_run_bytes(folder, run, change):
     reads(lambda: load_run(file), ValueError)
 
 
-@fuzz
+@half
 @given(other_values())
 def test_run_values(folder, run, change):
     file = folder/run[1].name
@@ -164,7 +165,8 @@ def test_run_values(folder, run, change):
 @fuzz
 @given(other_values())
 def test_bench_values(folder, change):
-    (folder/'bench.json').write_text(json.dumps(change(json.loads((ROOT/'nbs'/'results'/'bench.json').read_text()))))
+    stored = json.loads((ROOT/'nbs'/'results'/'bench.json').read_text())
+    (folder/'bench.json').write_text(json.dumps(change(stored)))
     reads(lambda: load_bench(folder/'bench.json'), ValueError)
 
 
@@ -188,12 +190,13 @@ def test_weights(folder, run, change):
 
 def test_a_flipped_bit_in_the_weights_of_a_run_is_noticed(run, tmp_path):
     rng, content = np.random.default_rng(0), run[1].with_suffix('.safetensors').read_bytes()
+    file = (tmp_path/run[1].name).with_suffix('.safetensors')
     (tmp_path/run[1].name).write_bytes(run[1].read_bytes())
     for _ in range(100):
         bad, i = bytearray(content), rng.integers(len(content))
         bad[i] ^= 1 << rng.integers(8)
-        (tmp_path/run[1].name).with_suffix('.safetensors').write_bytes(bad)
-        with pytest.raises(ValueError): load_weights(ImageClassifier(), (tmp_path/run[1].name).with_suffix('.safetensors'))
+        file.write_bytes(bad)
+        with pytest.raises(ValueError): load_weights(ImageClassifier(), file)
 
 
 @pytest.fixture(scope='module')
@@ -227,14 +230,15 @@ def resume(folder, checkpoint):
     torch.set_rng_state(grab.state)
 
 
-@fuzz
+@half
 @given(damage())
 def test_checkpoint(checkpoint, resume, change): resume(change(checkpoint))
 
 
-@fuzz
+@half
 @given(damage(), st.integers(0, 20))
-def test_checkpoint_with_checksums_that_fit(checkpoint, resume, change, i): resume(inside_zip(checkpoint, i, change))
+def test_checkpoint_with_checksums_that_fit(checkpoint, resume, change, i):
+    resume(inside_zip(checkpoint, i, change))
 
 
 def test_a_flipped_bit_in_a_checkpoint_is_noticed(checkpoint, resume):
@@ -243,11 +247,11 @@ def test_a_flipped_bit_in_a_checkpoint_is_noticed(checkpoint, resume):
         bad, i = bytearray(checkpoint), rng.integers(len(checkpoint))
         bad[i] ^= 1 << rng.integers(8)
         noticed += resume(bad) is None
-    assert noticed >= 295                               # the others change nothing that counts, such as a date
+    assert noticed >= 295                               # the others change a date, and the like
 
 
 @fuzz
-@given(st.dictionaries(st.sampled_from([*(f'data_batch_{i}' for i in range(1, 6)), 'test_batch', 'batches.meta']),
+@given(st.dictionaries(st.sampled_from(['data_batch_1', 'data_batch_5', 'test_batch', 'batches.meta']),
                        st.binary(max_size=30)), st.binary(max_size=30) | st.none())
 def test_official_files(folder, files, archive):
     root = folder/'official'

@@ -435,7 +435,9 @@ def test_auto_never_passes_over_a_file_that_the_environment_names(monkeypatch, t
     with pytest.raises(FileNotFoundError, match='none.npz'): load_data()
 
 
-def test_auto_takes_an_npz_in_the_cache(small, tmp_path):
-    save_npz(tmp_path/'cache'/'cifar10-copy.npz', small)
+@pytest.mark.parametrize('name', ['cifar10-copy', 'cifar10'])
+def test_auto_takes_an_npz_in_the_cache(small, tmp_path, name):
+    save_npz(tmp_path/'cache'/'cifar100.npz', small.subset(200, 100))              # of another data set
+    save_npz(tmp_path/'cache'/f'{name}.npz', small)
     d = load_data()
     assert d.name == f'CIFAR-10, unverified copy {d.sha256[:8]}' and torch.equal(d.x_train, small.x_train)

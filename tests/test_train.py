@@ -106,8 +106,22 @@ def test_the_mode_of_every_layer_is_put_back(small, reading):
 def test_labels_out_of_range_are_refused_alike(small, step, label):
     x, y = small.x_test.float() / 255, small.y_test.clone()
     y[3] = label
-    if label == -100 and step is train_step: return     # PyTorch's own mark for labels to ignore
-    with pytest.raises(IndexError): fit(ImageClassifier(seed=0), ([(x, y)], [(x, y)]), 1, step=step)
+    model, batches = ImageClassifier(seed=0), ([(x, y)], [(x, y)])
+    if label != -100 or step is compiled_step:
+        with pytest.raises(IndexError): fit(model, batches, 1, step=step)
+    else:                                               # PyTorch's own mark for images that do not count
+        rest = y != label
+        fit(model, batches, 1, step=step)
+        fit(other := ImageClassifier(seed=0), ([(x[rest], y[rest])], batches[1]), 1, step=step)
+        torch.testing.assert_close(weights(model), weights(other), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize('step', [train_step, compiled_step])
+def test_a_batch_in_which_nothing_counts_is_named(small, step):
+    x, y = small.x_test.float() / 255, small.y_test
+    for test in ([(x, y), (x[:0], y[:0])], [(x, y), (x, y*0 - 100)]):
+        with pytest.raises(NonFiniteLossError, match='batch 2 of the test images has none with a label'):
+            fit(ImageClassifier(seed=0), ([(x, y)], test), 1, device='cpu', step=step)
 
 
 def test_batches_may_come_from_anywhere_but_must_come(small):
