@@ -183,7 +183,7 @@ def _named(data):
     else: name = f'{NAME}, unverified copy {data.sha256[:8]}' if is_cifar10(data.name) else data.name
     return ImageData(data.x_train, data.y_train, data.x_test, data.y_test, data.classes, name)
 
-# %% ../nbs/00_data.ipynb #3ca5eef4
+# %% ../nbs/00_data.ipynb #50a1e694
 _NOT_CIFAR = """
 **********************************************************************
   This is NOT CIFAR-10: using synthetic shapes instead.
@@ -197,7 +197,8 @@ def _auto(root, name, download):
         return load_data(env, root, name, download)
     try: return load_data('cifar10', root, download=False)
     except (OSError, ImportError): pass
-    found = sorted(p for p in cifar10_roots(root)[0].glob('cifar10*.npz') if not re.match(r'cifar10\d', p.name))
+    near = cifar10_roots(root)[0].glob('cifar10*.npz')
+    found = sorted(p for p in near if not re.match(r'cifar10\d', p.name))         # cifar100 is another
     if found: return load_data(found[0], name=name or NAME)
     try: return load_data('cifar10', root, download=download)
     except (OSError, ImportError) as e:
