@@ -188,7 +188,7 @@ def check_settings(
             raise ValueError(f'{name} is {reprlib.repr(value)}, wanted {wanted}')
     return [(float if _RULES[name][0] is Real else int)(value) for name, value in settings.items()]
 
-# %% ../nbs/10_files.ipynb #28b76f68
+# %% ../nbs/10_files.ipynb #da6392ed
 _forked = []                                            # this process, if it was forked and not started anew
 if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=lambda: _forked.append(os.getpid()))
 
@@ -205,8 +205,8 @@ def pick_device(
         raise ValueError(f"device {str(device)!r} is not there: this machine has {n or 'no'} {d.type} "
                          f"device{'s'*(n > 1)}. Use 'cpu'")
     if d.type == 'cpu' and _forked and torch.get_num_threads() > 1:
-        raise RuntimeError('this process was forked, where OpenMP waits for threads that only its parent has: '
-                           "call torch.set_num_threads(1) first, or start it with multiprocessing's 'spawn'")
+        raise RuntimeError('this process was forked, and OpenMP would wait for threads of its parent: call '
+                           "torch.set_num_threads(1) first, or start it with multiprocessing's 'spawn'")
     return d
 
 # %% ../nbs/10_files.ipynb #0b0ac8c3

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SweepError', 'SweepInterrupt', 'check_sweep', 'sweep']
 
-# %% ../nbs/15_sweep.ipynb #19bcbbdd
-import copyreg, hashlib, multiprocessing, os, signal, threading, time
+# %% ../nbs/15_sweep.ipynb #36c1fef9
+import copyreg, hashlib, multiprocessing as mp, os, signal, threading, time
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
@@ -65,14 +65,13 @@ def _images(shared, device):
     if not Path(shared[0]).is_dir(): raise _Dropped     # started when its sweep was over
     return _mapped(*shared, device)
 
-# %% ../nbs/15_sweep.ipynb #86d89b1e
+# %% ../nbs/15_sweep.ipynb #83f11462
 def _digest(code): return hashlib.sha256(repr(sorted(code.items())).encode()).hexdigest()
 
 def _check_code(job, data):
     "In a worker process: raise an `OtherCodeError` if its code is not that of the sweep"
-    net = job.model and own_model(cloudpickle.loads(job.model), data, job.settings.seed)
-    code = fingerprint(net and code_sha256(net, weights=True))
-    if _digest(code) != job.code: raise OtherCodeError(code)
+    m = job.model and own_model(cloudpickle.loads(job.model), data, job.settings.seed)
+    if _digest(c := fingerprint(m and code_sha256(m, weights=True))) != job.code: raise OtherCodeError(c)
 
 def _refusal(differ):
     "The error for the user: which functions differ, and what to do"
@@ -124,7 +123,7 @@ def _work(job, shared):
     checkpoint.unlink(missing_ok=True)
     return run, {k: v.cpu() for k, v in model.state_dict().items()} if job.out and not here else None
 
-# %% ../nbs/15_sweep.ipynb #bed878c0
+# %% ../nbs/15_sweep.ipynb #97bdce65
 def _begin(parent):
     "In a worker process: leave Ctrl-C to the sweep, and end when its process is gone"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -133,14 +132,12 @@ def _begin(parent):
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
-_DAEMON = 'a daemon process may start no others: pass executor=ThreadPoolExecutor(1)'
-
 @contextmanager
 def _workers(executor, threads, slots):
     "The user's executor, or threads, or processes of one thread each, which nobody waits for after an error"
     if executor or threads:
         with nullcontext(executor) if executor else ThreadPoolExecutor(slots) as pool: return (yield pool)
-    if multiprocessing.current_process().daemon: raise RuntimeError(_DAEMON)
+    if mp.current_process().daemon: raise RuntimeError('a daemon process: use executor=ThreadPoolExecutor(1)')
     pool = loky.ProcessPoolExecutor(slots, initializer=_begin, initargs=(os.getpid(),),
                                     env={'OMP_NUM_THREADS': '1'})
     try: yield pool
@@ -257,14 +254,13 @@ def check_sweep(
     lrs, seeds = _listed('lrs', lrs), _listed('seeds', seeds)
     return [Settings(lr=lr, seed=seed, **settings) for lr in lrs for seed in seeds]
 
-# %% ../nbs/15_sweep.ipynb #89d9bdfe
+# %% ../nbs/15_sweep.ipynb #f77158b8
 # of a net that names torch and data.classes, cloudpickle believes that it uses the module torch.classes
 for m in (torch.classes, torch.ops): copyreg.pickle(type(m), lambda m: (import_module, (m.__name__,)))
 
 def _jobs(data, configs, device, out, model):
     # a job for each run, by name
-    sha256, jobs, shas = data.sha256, {}, {}
-    pickled = None if model is None else cloudpickle.dumps(model)
+    sha256, jobs, shas, pickled = data.sha256, {}, {}, None if model is None else cloudpickle.dumps(model)
     for seed in {c.seed for c in configs} if pickled else ():
         shas[seed] = code_sha256(own_model(model, data, seed), weights=True)
     for c in configs:
@@ -272,16 +268,20 @@ def _jobs(data, configs, device, out, model):
         jobs[name] = _Job(name, c, str(device), pickled, shas.get(c.seed), out and str(out))
     return jobs
 
-# %% ../nbs/15_sweep.ipynb #fd2eb7b1
+# %% ../nbs/15_sweep.ipynb #c0737114
+def _stored(jobs, out):
+    return {name: load_run(f) for name in jobs if out and (f := out/f'{name}.json').exists()}
+
 def _result(jobs, runs, begun, out):
     "Runs in the order of jobs; or what went wrong, and the runs that had finished"
+    if begun is not None: runs |= _stored(jobs, out)    # also those whose word had not come yet
     errors = {name: runs.pop(name) for name in jobs if isinstance(runs.get(name), Exception)}
     done = [runs[name] for name in jobs if name in runs]
     if begun is not None: raise SweepInterrupt(done, len(jobs), begun if out else 0, out)
     if errors: raise SweepError(errors, done)
     return done
 
-# %% ../nbs/15_sweep.ipynb #20262bc4
+# %% ../nbs/15_sweep.ipynb #08a8b676
 def sweep(
     data: ImageData,  # What to train and test on
     lrs=(0.005, 0.01, 0.0001),  # Learning rates
@@ -299,7 +299,7 @@ def sweep(
     out = out and Path(out).expanduser().resolve()
     configs = check_sweep(lrs, seeds, device, workers, model, **settings)
     jobs = _jobs(data, configs, pick_device(device), out, model)
-    runs = {name: load_run(file) for name in jobs if out and (file := out/f'{name}.json').exists()}
+    runs = _stored(jobs, out)
     missing = [job for name, job in jobs.items() if name not in runs]
     if out: out.mkdir(parents=True, exist_ok=True)
     begun = _do(missing, data, executor, workers, runs, progress) if missing else None

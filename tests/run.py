@@ -20,6 +20,10 @@ class Count:
         self.failed = n.get('failed', 0) + n.get('error', 0) + n.get('xpassed', 0)
 
 
+# begun first, so that at the end no process waits for the other
+LONG = [f'tests/test_{name}.py' for name in ('sweep', 'ends', 'commands', 'compiled', 'killed', 'fuzz')]
+
+
 def main():
     "Run everything; 0 if all passed"
     import execute
@@ -31,7 +35,8 @@ def main():
     for wrong in notebooks.values(): print(*wrong, sep='\n', end='\n' * bool(wrong), flush=True)
     bad = sum(map(bool, notebooks.values()))
     # two at a time, a file's tests together: what they share is made once
-    status = pytest.main(['tests', '-q', '-n', '2', '--dist', 'loadfile', '--durations=5'], plugins=[count])
+    options = '-q -n 2 --dist loadfile --no-loadscope-reorder --durations=5'.split()
+    status = pytest.main([*LONG, 'tests', *options], plugins=[count])
     passed, failed = len(notebooks) - bad + count.passed, bad + count.failed
     if not notebooks or status and not count.failed: failed += 1        # no notebooks, no tests, or it broke
     print(f'{passed} passed, {failed} failed' + f', {count.skipped} skipped' * (count.skipped > 0))

@@ -24,7 +24,7 @@ from cifar_nbdev.train import fit
 from conftest import ROOT, save_npz
 
 TRIES = int(os.environ.get('FUZZ', 2000))               # FUZZ=20000 for a long look
-DATA = shapes10(40, 20)
+DATA, MODEL = shapes10(40, 20), ImageClassifier(seed=1)
 fuzz = settings(max_examples=TRIES, derandomize=True, deadline=None, database=None, phases=[Phase.generate],
                 suppress_health_check=list(HealthCheck))
 half = settings(fuzz, max_examples=TRIES // 2)          # for a reader with two tests
@@ -182,7 +182,7 @@ def test_tested_values(folder, change):
 @fuzz
 @given(damage())
 def test_weights(folder, run, change):
-    file, model = folder/'weights.safetensors', ImageClassifier(seed=1)
+    file, model = folder/'weights.safetensors', MODEL
     file.write_bytes(change(run[1].with_suffix('.safetensors').read_bytes()))
     before = weights_sha256(model)
     if reads(lambda: load_weights(model, file), ValueError) is None: assert weights_sha256(model) == before

@@ -152,7 +152,7 @@ def one_killed(executor, out):
     def kill():
         while not over.is_set():
             if list(out.glob('[!.]*.json')) and list(out.glob('[!.]*.ckpt')):
-                then = {k: v for k, v in hashes(out).items() if k.endswith('.json')}
+                then = {k: v for k, v in hashes(out).items() if k.endswith('.json') and k[0] != '.'}
                 os.kill(workers(executor)[0], signal.SIGKILL)
                 return finished.update(then)
             time.sleep(.01)
