@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['READINGS', 'CANDIDATES', 'MixFirst', 'TwoHeads', 'NoGate', 'FlatGate', 'SoftmaxGate', 'SigmoidGate', 'ReluGate',
-           'CentredInput', 'final_accuracies', 'half_range', 'readings_table', 'final_values', 'one_more',
+           'CentredInput', 'final_values', 'final_accuracies', 'half_range', 'readings_table', 'one_more',
            'log_likelihood', 'posterior']
 
 # %% ../nbs/05_readings.ipynb #c23bae16
@@ -71,18 +71,35 @@ READINGS = {'gate': ImageClassifier, 'mix-first': MixFirst, 'two heads': TwoHead
             'flat gate': FlatGate, 'softmax gate': SoftmaxGate, 'sigmoid gate': SigmoidGate,
             'relu gate': ReluGate, 'centred input': CentredInput}
 
-# %% ../nbs/05_readings.ipynb #28a7f4df
+# %% ../nbs/05_readings.ipynb #05a89209
+CANDIDATES = {(reading, init): 3 for init in ('pytorch', 'normal 0.01') for reading in READINGS}
+CANDIDATES |= {(reading, init): 3 for reading in ('gate', 'softmax gate', 'sigmoid gate')
+               for init in INITS if init not in ('pytorch', 'normal 0.01')}
+CANDIDATES |= {('gate', 'pytorch'): 10, ('gate', 'normal 0.01'): 10}         # seeds at each learning rate
+
+# %% ../nbs/05_readings.ipynb #ef12f40f
+def final_values(
+    runs: list,  # Runs of several candidates on the same data
+    lrs: list,  # Learning rates; a candidate without a run at one of them is left out
+    value,  # Called with a run's epochs, gives a number
+) -> dict:  # (reading, init) -> learning rate -> array of values, one for each seed
+    "What runs ended on, by candidate and learning rate"
+    found = {candidate: {lr: [] for lr in lrs} for candidate in CANDIDATES}
+    for r in runs:
+        config = {'init': 'pytorch'} | r['config']      # the first runs knew no other
+        of_lr = found.get((config['reading'], config['init']), {}).get(config['lr'])
+        if of_lr is not None: of_lr.append(value(r['epochs']))
+    return {candidate: {lr: np.array(values) for lr, values in of.items()}
+            for candidate, of in found.items() if all(of.values())}
+
+# %% ../nbs/05_readings.ipynb #17169f18
 def final_accuracies(
     runs: list,  # Runs of several readings on the same data
     lrs: list,  # Learning rates; a reading without a run at one of them is left out
 ) -> dict:  # Reading -> learning rate -> test accuracies after the last epoch in percent, one for each seed
-    "What runs ended on, by reading and learning rate"
-    accs = {reading: {lr: [] for lr in lrs} for reading in READINGS}
-    for r in runs:
-        of_lr = accs.get(r['config']['reading'], {}).get(r['config']['lr'])
-        if of_lr is not None: of_lr.append(100 * r['epochs'][-1]['test_acc'])
-    return {reading: {lr: np.array(a) for lr, a in of.items()}
-            for reading, of in accs.items() if all(of.values())}
+    "What runs with PyTorch's initial weights ended on, by reading and learning rate"
+    found = final_values(runs, lrs, lambda epochs: 100 * epochs[-1]['test_acc'])
+    return {reading: of for (reading, init), of in found.items() if init == 'pytorch'}
 
 # %% ../nbs/05_readings.ipynb #f51c4733
 def half_range(
@@ -113,26 +130,6 @@ def readings_table(
                      'excluded at': excluded or '-', 'seeds': min(map(len, acc.values())),
                      'parameters': sum(p.numel() for p in READINGS[reading](seed=0).parameters())})
     return pd.DataFrame(rows).sort_values('distance').set_index('reading').round(2)
-
-# %% ../nbs/05_readings.ipynb #05a89209
-CANDIDATES = {(reading, init): 3 for init in ('pytorch', 'normal 0.01') for reading in READINGS}
-CANDIDATES |= {(reading, init): 3 for reading in ('gate', 'softmax gate', 'sigmoid gate')
-               for init in INITS if init not in ('pytorch', 'normal 0.01')}
-CANDIDATES |= {('gate', 'pytorch'): 10, ('gate', 'normal 0.01'): 10}         # seeds at each learning rate
-
-# %% ../nbs/05_readings.ipynb #d433e5a4
-def final_values(
-    runs: list,  # Runs of several candidates on the same data
-    lrs: list,  # Learning rates; a candidate without a run at one of them is left out
-    value,  # Called with a run's epochs, gives a number
-) -> dict:  # (reading, init) -> learning rate -> array of values, one for each seed
-    "What runs ended on, by candidate and learning rate"
-    found = {candidate: {lr: [] for lr in lrs} for candidate in CANDIDATES}
-    for r in runs:
-        of_lr = found.get((r['config']['reading'], r['config']['init']), {}).get(r['config']['lr'])
-        if of_lr is not None: of_lr.append(value(r['epochs']))
-    return {candidate: {lr: np.array(values) for lr, values in of.items()}
-            for candidate, of in found.items() if all(of.values())}
 
 # %% ../nbs/05_readings.ipynb #b3f88736
 def _scatter(values):

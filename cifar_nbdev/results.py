@@ -23,8 +23,16 @@ from .runs import (CHANGES, Settings, load_runs, load_weights, new_model, save_w
 from .sweep import sweep
 from .train import evaluate
 
-# %% ../nbs/16b_results.ipynb #0603049b
+# %% ../nbs/16b_results.ipynb #60fbd2e8
 KEPT = 0, 1, 2, 5, 10, 20, 30                           # epochs; 0: the initial weights
+
+def _recipe(data, folder, lr):
+    "The stored run of the report's recipe with seed 0 on these data"
+    found = load_runs(folder, reading=Settings.reading, init=Settings.init, lr=lr, seed=0)
+    found = [r for r in found if r['data']['sha256'] == data.sha256]
+    if len(found) == 1: return found[0]
+    raise ValueError(f'{folder} has {len(found)} runs of the recipe with learning rate {lr:g} and seed 0 '
+                     f'on these data ({data.sha256[:8]}), wanted 1')
 
 def weights_file(
     folder: str | Path,  # Of runs
@@ -34,6 +42,7 @@ def weights_file(
     "Where the weights of the report's recipe with seed 0 are, as they were after an epoch"
     return Path(folder)/'epochs'/f'lr{lr:g}-epoch{epoch}.safetensors'
 
+# %% ../nbs/16b_results.ipynb #60fba6c8
 def keep_weights(
     data: ImageData,  # What to train and test on
     folder: str | Path,  # Of runs
@@ -41,16 +50,17 @@ def keep_weights(
     epochs: int = 30,  # Of the run
     **more,  # Of `train_run`: device, progress
 ):
-    "Train the report's recipe with seed 0, and keep its weights after some epochs"
-    kept = [n for n in KEPT if n <= epochs]
-    if weights_file(folder, lr, kept[-1]).exists(): return
+    "Train the report's recipe with seed 0, and keep its weights after some epochs, if that is not done"
+    kept, run = [n for n in KEPT if n <= epochs], _recipe(data, folder, lr)
+    last = weights_file(folder, lr, kept[-1])
+    if last.exists() and weights_sha256(load_weights(new_model(data), last)) == run['weights_sha256']: return
     def keep(model, history):
         if len(history) in kept: save_weights(model, weights_file(folder, lr, len(history)))
     settings = Settings(lr=lr, epochs=epochs)
     save_weights(new_model(data, settings), weights_file(folder, lr, 0))
     train_run(data, settings, callbacks=[keep], **more)
 
-# %% ../nbs/16b_results.ipynb #ebce3200
+# %% ../nbs/16b_results.ipynb #25d9f8b8
 def _make_changes(data, out, more):
     "The runs behind `gains`"
     part, out = validation_split(data), out/'changes'
@@ -58,13 +68,6 @@ def _make_changes(data, out, more):
     for change, lr in choose(load_runs(out)).items():
         sweep(part, [lr], range(8), change=change if change in CHANGES else None, out=out, **more)
     final_test(data, out)
-
-def _recipe(folder, lr):
-    "The stored run of the report's recipe with seed 0"
-    found = load_runs(folder, reading=Settings.reading, init=Settings.init, lr=lr, seed=0)
-    if len(found) == 1: return found[0]
-    raise ValueError(f'{folder} has {len(found)} runs of the recipe with learning rate {lr:g} and seed 0, '
-                     'wanted 1')
 
 # %% ../nbs/16b_results.ipynb #868d1e19
 #| code-fold: true
@@ -109,17 +112,15 @@ def _tested_again(stored, folder, test, epoch):
     if last and weights_sha256(model) != stored['weights_sha256']: return float('inf')      # of another run
     return _off(stored['epochs'][epoch - 1], dict(zip(_VALUES[2:], found)), _VALUES[2:])
 
-# %% ../nbs/16b_results.ipynb #f52ebd96
+# %% ../nbs/16b_results.ipynb #dc561648
 def verify(
-    data: ImageData,  # What the runs were trained and tested on, else a `ValueError`
+    data: ImageData,  # What the runs were trained and tested on; a `ValueError` if there are none
     folder: str | Path,  # Has runs of the report's recipe, and kept weights
     epochs: int = 2,  # To be trained again
     **more,  # Of `sweep`: device, workers, executor, progress
 ) -> pd.DataFrame:  # A row for each check: run, what was done again, largest difference, verdict
     "Do a part of the stored runs again, and compare"
-    stored, rows = [_recipe(folder, lr) for lr in REPORT], []
-    for sha256 in {r['data']['sha256'] for r in stored} - {data.sha256}:
-        raise ValueError(f'{folder} has runs on data {sha256[:8]}, wanted {data.sha256[:8]}, as given')
+    stored, rows = [_recipe(data, folder, lr) for lr in REPORT], []
     again = sweep(data, REPORT, [0], epochs=epochs, **more)
     test = dataloaders(data).test
     for r, anew in zip(stored, again):

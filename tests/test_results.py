@@ -12,8 +12,10 @@ import pytest
 from cifar_nbdev import results
 from cifar_nbdev.changes import choose, final_test, validation_split
 from cifar_nbdev.data import shapes10
-from cifar_nbdev.results import make_results, verify, weights_file
-from cifar_nbdev.runs import Settings, load_runs, run_name, save_run
+from cifar_nbdev.model import ImageClassifier
+from cifar_nbdev.results import keep_weights, make_results, verify, weights_file
+from cifar_nbdev.runs import Settings, load_runs, load_weights, run_name, save_run, weights_sha256
+from cifar_nbdev.sweep import sweep
 from conftest import ROOT, hashes
 
 HERE = dict(executor=ThreadPoolExecutor(1), device='cpu', progress=False)
@@ -94,6 +96,17 @@ def test_weights_of_another_run_are_found(copy):
     assert found['done again'][found['verdict'] == 'DIFFERS'].tolist() == ['test after epoch 2']
 
 
+def test_kept_weights_of_other_data_are_not_taken_for_these(made, tmp_path):
+    data, folder = made[0], tmp_path/'other'
+    other = shapes10(300, 100, seed=1)
+    for d in (other, data):                             # one after the other, in one folder
+        sweep(d, [.01], epochs=1, out=folder, **HERE)
+        keep_weights(d, folder, .01, 1, device='cpu', progress=False)
+    run, = [r for r in load_runs(folder) if r['data']['sha256'] == data.sha256]
+    kept = load_weights(ImageClassifier(), weights_file(folder, .01, 1))
+    assert weights_sha256(kept) == run['weights_sha256']
+
+
 def test_another_code_is_found(copy, tmp_path):
     data, folder = copy
     shutil.copytree(ROOT/'cifar_nbdev', tmp_path/'cifar_nbdev', ignore=shutil.ignore_patterns('__pycache__'))
@@ -115,4 +128,4 @@ def arrays(data):
 
 
 def test_other_data_are_refused(made):
-    with pytest.raises(ValueError, match='has runs on data'): verify(shapes10(300, 100, seed=1), made[1])
+    with pytest.raises(ValueError, match='has 0 runs of the recipe'): verify(shapes10(300, 100, seed=1), made[1])
