@@ -36,6 +36,11 @@ def python(code, *args, cwd, **env):
                           capture_output=True, text=True, encoding='utf-8')
 
 
+def ours(tmp):
+    "What is in a folder for temporary files, but for that of PyTorch's compiler, made when it is imported"
+    return [p for p in tmp.iterdir() if not p.name.startswith('torchinductor')]
+
+
 def arrays(d):
     "Images and labels as NumPy arrays, by Keras' names"
     return dict(x_train=d.x_train.permute(0, 2, 3, 1).numpy(), y_train=d.y_train.numpy(),

@@ -14,7 +14,7 @@ import pytest
 from cifar_nbdev.data import load_data, shapes10
 from cifar_nbdev.files import abandoned, atomic_write, hold, scratch_folder
 from cifar_nbdev.sweep import sweep
-from conftest import COMMAND, clean_env, python, save_npz
+from conftest import COMMAND, clean_env, ours, python, save_npz
 
 pytestmark = pytest.mark.skipif(os.name == 'nt', reason='POSIX signals and locks')
 
@@ -32,7 +32,9 @@ def semaphores(process):
     return [p for p in os.listdir('/dev/shm') if f'loky-{process.pid}-' in p] if os.path.isdir('/dev/shm') else []
 
 
-def ours(tmp): return [p for p in tmp.iterdir() if not p.name.startswith('torchinductor')]  # PyTorch's
+def default_signals():
+    "A job in the background, or under nohup, would ignore them, and its children too"
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM): signal.signal(number, signal.SIG_DFL)
 
 
 def start(tmp_path):
@@ -42,7 +44,7 @@ def start(tmp_path):
     (tmp_path/'job.py').write_text(SWEEP)
     process = subprocess.Popen([sys.executable, 'job.py'], cwd=tmp_path, env=clean_env(TMPDIR=tmp), text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+                               preexec_fn=default_signals)
     while not list(tmp.rglob('*.epochs')):
         assert process.poll() is None, process.stderr.read()
         time.sleep(.05)
