@@ -31,7 +31,7 @@ class TwoConvolutions(nn.Module):
         out = a[:, 0, None, None, None]*o1 + a[:, 1, None, None, None]*o2
         return self.fc(out.flatten(1))
 
-# %% ../nbs/01_model.ipynb #04ee4bf4
+# %% ../nbs/01_model.ipynb #d1013e5c
 def check_images(
     x: torch.Tensor,  # What a model is given
 ):
@@ -46,7 +46,8 @@ def weighted_sum(
     c: torch.Tensor,  # Branches, stacked: (B, K*C, H, W)
 ) -> torch.Tensor:  # (B, C*H*W)
     "Sum over branches, each weighted by its gate"
-    return torch.einsum('bk,bkn->bn', a, c.unflatten(1, (a.shape[1], -1)).flatten(2))
+    c = c.unflatten(1, (a.shape[1], -1)).flatten(2)             # (B, K, C*H*W)
+    return torch.einsum('bk,bkn->bn', a, c)                     # (B, C*H*W)
 
 # %% ../nbs/01_model.ipynb #55ccb977
 def _features(branches, channels, kernel_size, classes):

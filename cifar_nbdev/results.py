@@ -89,8 +89,8 @@ def make_results(
     load_weights(model, weights_file(out, lr, max(n for n in KEPT if n <= epochs)))
     with atomic_write(out/'inside.json') as tmp: tmp.write_text(json.dumps(inspect_net(model, data)) + '\n')
 
-# %% ../nbs/16b_results.ipynb #6723e653
-TOLERANCE = .02                                         # of a loss or an accuracy as a fraction
+# %% ../nbs/16b_results.ipynb #f8368e70
+TOLERANCE = .01                                         # of a loss or an accuracy as a fraction
 _KIND = 'torch', 'numpy', 'numba', 'cpu', 'processor', 'device', 'step'     # what decides about the bits
 _VALUES = 'train_loss', 'train_acc', 'test_loss', 'test_acc'
 

@@ -61,7 +61,7 @@ def _means(losses, hits, sizes):
     losses, hits = torch.stack([losses, hits]).cpu().double()[:, :len(sizes)]
     return (losses @ sizes / sizes.sum()).item(), (hits.sum() / sizes.sum()).item()
 
-# %% ../nbs/02_train.ipynb #43bf07a4
+# %% ../nbs/02_train.ipynb #f722c3b3
 @torch.no_grad()
 def evaluate(
     model: nn.Module,  # Gives logits (B, classes) for images (B, 3, 32, 32)
@@ -70,7 +70,8 @@ def evaluate(
 ) -> tuple[float, float]:  # Mean cross-entropy and accuracy (a fraction), over images
     "Loss and accuracy of a model, without changing it"
     device = device or next((p.device for p in model.parameters()), 'cpu')
-    (losses, hits), sizes = _room(dl, device), []
+    losses, hits = _room(dl, device)
+    sizes = []
     with eval_mode(model):
         for i, (xb, yb) in enumerate(dl):
             xb, yb = xb.to(device), yb.to(device)
@@ -121,13 +122,14 @@ class Training:
         said = [getattr(c, event)(self) for c in self.callbacks if hasattr(c, event)]
         return any(s is True or hasattr(s, 'item') and s.item() is True for s in said)     # NumPy's, too
 
-# %% ../nbs/02_train.ipynb #22a1df97
+# %% ../nbs/02_train.ipynb #e55017fe
 def train_epoch(
     t: Training,  # Its model learns from each training batch once
 ) -> tuple[float, float]:  # Mean loss and running accuracy (a fraction), over images
     "One epoch of training"
     t.model.train()
-    (t.losses, hits), sizes = _room(t.train, t.device), []
+    t.losses, hits = _room(t.train, t.device)
+    sizes = []
     with getattr(t.step, 'around', nullcontext)():
         for i, (xb, yb) in enumerate(t.train):
             xb, yb = xb.to(t.device), yb.to(t.device)
