@@ -19,24 +19,26 @@ from torch.utils._device import DeviceContext
 
 from .files import document
 
-# %% ../nbs/11b_machine.ipynb #562427fc
+# %% ../nbs/11b_machine.ipynb #9defee94
 FLAGS = dict(nogil=True, fastmath={'reassoc', 'contract', 'nsz'})
 
-def _tell(jitted, name):
-    "Say why it takes so long, if somebody may see it and Numba does compile, not only load"
-    folder = jitted.stats.cache_path
-    kept = f'is kept for the next time in {folder}' if folder else 'is for this process alone'
-    if jitted.stats.cache_misses and sys.stderr:
+def _tell(jitted, name, done):
+    "Until it is `done`, wait for Numba to compile, not only to load; then say why it takes so long"
+    while not done.wait(1):
+        if not (jitted.stats.cache_misses and sys.stderr): continue
+        folder = jitted.stats.cache_path
+        kept = f'is kept for the next time in {folder}' if folder else 'is for this process alone'
         line = f'cifar_nbdev: Numba compiles {name}. That takes some seconds and {kept}'
         with suppress(OSError, ValueError): print(line, file=sys.stderr)
+        return
 
-# %% ../nbs/11b_machine.ipynb #9b596d71
+# %% ../nbs/11b_machine.ipynb #38bea487
 def _try(jitted, name, args):
     "Call a function for no images, so that it is compiled or loaded; after a second say that it takes long"
-    timer = threading.Timer(1, _tell, (jitted, name))
-    timer.start()
+    done = threading.Event()
+    threading.Thread(target=_tell, args=(jitted, name, done), daemon=True).start()
     try: jitted(0, 0, 0, *args)
-    finally: timer.cancel()
+    finally: done.set()
 
 # %% ../nbs/11b_machine.ipynb #c383f9e6
 def _compile(f, args):
