@@ -13,6 +13,7 @@ import nbformat
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_markdown_cell
 from readme import write_readme
+from slim import slim
 from translate import Page, Translator
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,8 +90,7 @@ def build_site(out, notebooks=None, root=ROOT):
     write_pages(cfg, notebooks or (root/cfg['nbs_path']).glob('[!._]*.ipynb'), made/'pages', root)
     args = ['-W', '--keep-going', '-q', '-c', ROOT/'docs', '-d', made/'doctrees', made/'pages', html]
     if status := sphinx([*map(str, args)]): sys.exit(status)
-    for path in (html/'_static'/'mathjax').iterdir():                   # 20 MB of other formats
-        if path.name != 'tex-svg.js': shutil.rmtree(path) if path.is_dir() else path.unlink()
+    slim(html)
     if found := list(problems(html, cfg['doc_host'])): sys.exit('\n'.join(found))
     shutil.rmtree(out, ignore_errors=True)
     html.rename(out)

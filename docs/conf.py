@@ -12,13 +12,15 @@ _cfg = _config['DEFAULT']
 
 project, author, release = _cfg['title'], _cfg['author'], _cfg['version']
 project_copyright, language = _cfg['copyright'], 'en'
-extensions = ['myst_nb', 'sphinx_copybutton', 'sphinx-mathjax-offline']
+extensions = ['myst_nb', 'sphinx_copybutton', 'formulas']
+html_math_renderer = 'mathml'
 nb_execution_mode = 'off'
 nb_merge_streams = True
 nb_render_markdown_format = 'myst'
 nb_ipywidgets_js = {}                                   # its default loads from a CDN
 myst_enable_extensions = ['attrs_block', 'attrs_inline', 'colon_fence', 'dollarmath']
 myst_heading_anchors = 4
+myst_update_mathjax = False
 myst_url_schemes = ['http', 'https', 'mailto']
 numfig = True
 numfig_secnum_depth = 0
@@ -30,7 +32,8 @@ html_theme = 'sphinx_book_theme'
 html_title = _cfg['title']
 html_baseurl = _cfg['doc_host'] + _cfg['doc_baseurl'] + '/'
 html_static_path = ['_static']
-html_css_files = ['custom.css']
+html_css_files, html_js_files = ['custom.css'], ['print.js']
+html_search_scorer = str(Path(__file__).parent/'search.js')
 html_favicon = '_static/favicon.svg'
 html_context = {'default_mode': 'auto'}                 # light or dark, as the browser prefers
 html_copy_source = False
@@ -61,13 +64,13 @@ class Entry(SphinxDirective):
         entries = [item.split('=') for item in self.arguments[0].split()]
         place = nodes.paragraph(ids=[anchor for _, anchor in entries], classes=['entry'])
         for name, anchor in entries:
-            self.env.domains.python_domain.note_object(name, 'function', anchor, location=place)
+            kind = 'class' if name.split('.')[-1][0].isupper() else 'function'
+            self.env.domains.python_domain.note_object(name, kind, anchor, location=place)
         place += nodes.reference('', 'source', refuri=self.options['source'], classes=['source'])
         return [place]
 
 
 def setup(app):
-    "What the translated notebooks need; MathJax, after its extension has chosen a format with fonts in files"
+    "What the translated notebooks need"
     app.add_directive('reserve', Reserve)
     app.add_directive('entry', Entry)
-    app.config.mathjax_path = 'mathjax/tex-svg.js'

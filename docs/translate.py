@@ -174,6 +174,7 @@ def _table(html):
         first, name = head[0].find('th'), head[1].extract().find('th')
         if first.string: table.insert(0, BeautifulSoup(f'<caption>{first.string}</caption>', 'html.parser'))
         first.string = name.string
+    for th in table.find_all('th'): th['scope'] = 'col' if th.find_parent('thead') else 'row'
     for column in zip(*(row.find_all(['th', 'td']) for row in (head[0], *body))):
         if not all(re.fullmatch(r'[-+−–\d.,%]*|NaN', c.get_text()) for c in column[1:]):
             for c in column: c['class'] = 'text'
