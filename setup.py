@@ -21,7 +21,7 @@ setup(
     license_files=['LICENSE'],
     keywords=cfg['keywords'].split(),
     packages=[cfg['lib_name']],
-    package_data={cfg['lib_name']: ['py.typed', '*.html']},
+    package_data={cfg['lib_name']: ['py.typed', '*.html', '*.js', '*.css']},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
     extras_require={e: cfg[f'{e}_requirements'].split() for e in ('dev', 'doc', 'cluster', 'peers')},

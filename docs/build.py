@@ -50,6 +50,22 @@ def write_pages(cfg, notebooks, out, root=ROOT):
         nbformat.write(nb, out/f'{page.name}.ipynb')
 
 
+def write_nets(folder, root=ROOT):
+    "What the page with the live net loads: nets of the report's recipe, as they were after some epochs"
+    from cifar_nbdev.data import is_cifar10
+    from cifar_nbdev.live import RUNS, write_live
+    from cifar_nbdev.model import ImageClassifier
+    from cifar_nbdev.report import REPORT, shared
+    from cifar_nbdev.results import KEPT, weights_file
+    from cifar_nbdev.runs import load_runs, load_weights
+    from cifar_nbdev.sources import CLASSES
+    stored = root/'nbs'/RUNS
+    runs = [r for lr in REPORT for r in load_runs(stored, reading='gate', init='pytorch', lr=lr, seed=0)]
+    if not is_cifar10(shared(runs, 'data', 'name')): sys.exit(f'{stored} is not of CIFAR-10, wanted that')
+    def net(lr, epoch): return load_weights(ImageClassifier(), weights_file(stored, lr, epoch))
+    write_live(folder, runs, {lr: {epoch: net(lr, epoch) for epoch in KEPT} for lr in REPORT}, CLASSES)
+
+
 def _links(page, soup, ids, host):
     "Links of a page that lead nowhere, or out of the site and back"
     for url in {t['href'] for t in soup.find_all('a', href=True)}:
@@ -91,6 +107,7 @@ def build_site(out, notebooks=None, root=ROOT):
     args = ['-W', '--keep-going', '-q', '-c', ROOT/'docs', '-d', made/'doctrees', made/'pages', html]
     if status := sphinx([*map(str, args)]): sys.exit(status)
     slim(html)
+    if (html/'live.html').exists(): write_nets(html/'live')
     if found := list(problems(html, cfg['doc_host'])): sys.exit('\n'.join(found))
     shutil.rmtree(out, ignore_errors=True)
     html.rename(out)

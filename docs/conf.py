@@ -31,7 +31,7 @@ copybutton_exclude = '.linenos, .gp, .go'
 html_theme = 'sphinx_book_theme'
 html_title = _cfg['title']
 html_baseurl = _cfg['doc_host'] + _cfg['doc_baseurl'] + '/'
-html_static_path = ['_static']
+html_static_path = ['_static', '../cifar_nbdev/live.css', '../cifar_nbdev/live.js']
 html_css_files, html_js_files = ['custom.css'], ['print.js']
 html_search_scorer = str(Path(__file__).parent/'search.js')
 html_favicon = '_static/favicon.svg'
@@ -70,7 +70,15 @@ class Entry(SphinxDirective):
         return [place]
 
 
+def live_net(app, page, template, context, doctree):
+    "The style and script of the live net, on its page alone"
+    if page != 'live': return
+    app.add_css_file('live.css')
+    app.add_js_file('live.js')
+
+
 def setup(app):
     "What the translated notebooks need"
     app.add_directive('reserve', Reserve)
     app.add_directive('entry', Entry)
+    app.connect('html-page-context', live_net)
