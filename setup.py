@@ -24,7 +24,8 @@ setup(
     package_data={cfg['lib_name']: ['py.typed', '*.html', '*.js', '*.css']},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
-    extras_require={e: cfg[f'{e}_requirements'].split() for e in ('dev', 'doc', 'cluster', 'peers')},
+    extras_require={e: cfg[f'{e}_requirements'].split()
+                    for e in ('dev', 'doc', 'cluster', 'export', 'peers')},
     entry_points={'console_scripts': cfg['console_scripts'].split(),
                   'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
     classifiers=['Intended Audience :: Education', 'Programming Language :: Python :: 3',

@@ -40,7 +40,7 @@ class TwoHeads(ImageClassifier):
 class NoGate(ImageClassifier):
     "fc(relu(c1) + relu(c2)): both branches count alike, always"
     def new_gate(self, branches): return None
-    def gates(self, x): return x.new_ones(len(x), self.branches)
+    def gates(self, x): return x.new_ones(x.shape[0], self.branches)
 
 # %% ../nbs/05_readings.ipynb #fd5b394f
 class FlatGate(ImageClassifier):

@@ -139,7 +139,7 @@ def peak_memory() -> int | None:  # MB; None where there is no /proc
     try: return int(re.search(r'VmHWM:\s*(\d+) kB', Path('/proc/self/status').read_text())[1]) // 1000
     except OSError: return None             # getrusage would answer too, but counts the parent process in
 
-# %% ../nbs/14_runs.ipynb #9b3cf13f
+# %% ../nbs/14_runs.ipynb #31ab99b9
 def _state(model):
     "The tensors of a model, or of its state, by name"
     return model if isinstance(model, dict) else getattr(model, '_orig_mod', model).state_dict()
@@ -157,10 +157,12 @@ def weights_sha256(
 def save_weights(
     model: nn.Module | dict,  # Any model, or its state
     path: str | Path,  # Ends in .safetensors
+    about: dict | None = None,  # What the file says of itself, in its header, as JSON
 ):
     "Save a model's weights, whole or not at all"
     state = {k: v.cpu().contiguous().clone() for k, v in _state(model).items()}     # none shares memory
-    with atomic_write(path) as tmp: tmp.write_bytes(save(state))        # an OSError if it cannot
+    header = about and {'cifar_nbdev': json.dumps(about, allow_nan=False)}
+    with atomic_write(path) as tmp: tmp.write_bytes(save(state, header))            # an OSError if it cannot
 
 # %% ../nbs/14_runs.ipynb #e3d2ad2a
 _NAMED = re.compile('-seed[0-9]+-([0-9a-f]{8})$')         # the file of a run
@@ -199,7 +201,7 @@ def own_model(
     if isinstance(net, nn.Module): return net
     raise ValueError(f'model gives {type(net).__name__}, wanted an nn.Module from f(data, seed)')
 
-# %% ../nbs/14_runs.ipynb #7d84baf9
+# %% ../nbs/14_runs.ipynb #b39e3e6a
 #| code-fold: true
 def train_run(
     data: ImageData,  # What to train and test on
@@ -220,7 +222,8 @@ def train_run(
     if history.interrupted: raise KeyboardInterrupt
     seconds = time.perf_counter() - start + sum(e['seconds'] for e in history.epochs[:history.resumed])
     about = dict(name=data.name, sha256=data.sha256, n_train=len(data.x_train), n_test=len(data.x_test))
-    return dict(config=asdict(settings), data=about, model=sha256, env=environment(device, step),
+    return dict(config=asdict(settings), data=about, classes=list(data.classes), model=sha256,
+                env=environment(device, step),
                 epochs=history.epochs, wall_seconds=round(seconds, 2), peak_memory_mb=peak_memory(),
                 weights_sha256=weights_sha256(net)), net
 
@@ -237,7 +240,7 @@ def run_name(
     what = re.sub(r'[^\w.-]+', '-', (config.get('change') or config['reading']) + init)
     return f"{what[:40]}-lr{config['lr']:g}-seed{config['seed']}-{key}"
 
-# %% ../nbs/14_runs.ipynb #77e761bc
+# %% ../nbs/14_runs.ipynb #013c5e96
 #| code-fold: true
 def save_run(
     run: dict,  # What `train_run` gives
@@ -251,7 +254,9 @@ def save_run(
         epochs = ',\n  '.join(json.dumps(e, allow_nan=False) for e in run['epochs'])
         rest = json.dumps({k: v for k, v in run.items() if k != 'epochs'}, indent=1, allow_nan=False)
         tmp.write_text(f'{rest[:-2]},\n "epochs": [\n  {epochs}]\n}}\n', encoding='utf-8')
-        if model is not None: save_weights(model, path.with_name(f'{path.name}.safetensors'))
+        about = {k: run[k] for k in ('config', 'data', 'classes', 'weights_sha256') if k in run}
+        about |= dict(epochs=len(run['epochs']), cifar_nbdev=__version__)
+        if model is not None: save_weights(model, path.with_name(f'{path.name}.safetensors'), about)
     return path.with_name(f'{path.name}.json')
 
 # %% ../nbs/14_runs.ipynb #9dfcfab8

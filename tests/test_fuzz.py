@@ -11,12 +11,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from cifar_nbdev import sources
 from cifar_nbdev.changes import load_tested
 from cifar_nbdev.checkpoint import _belongs, _restore
 from cifar_nbdev.data import dataloaders, load_data, shapes10
 from cifar_nbdev.model import ImageClassifier
+from cifar_nbdev.predict import load_model, prepare_image
 from cifar_nbdev.results import load_bench
 from cifar_nbdev.runs import Settings, load_run, load_weights, save_run, train_run, weights_sha256
 from cifar_nbdev.sources import DataError, read_official
@@ -186,6 +188,51 @@ def test_weights(folder, run, change):
     file.write_bytes(change(run[1].with_suffix('.safetensors').read_bytes()))
     before = weights_sha256(model)
     if reads(lambda: load_weights(model, file), ValueError) is None: assert weights_sha256(model) == before
+
+
+def net_reader(folder, content, run):
+    "A net that comes back is the one that was saved"
+    (folder/'net.safetensors').write_bytes(content)
+    if found := reads(lambda: load_model(folder/'net.safetensors'), ValueError):
+        net, about = found
+        assert weights_sha256(net) == about['weights_sha256'] == run['weights_sha256'] and not net.training
+        assert len(about['classes']) == 10 and about['config']['reading'] == 'gate'
+
+
+@half
+@given(damage())
+def test_net_bytes(folder, run, change):
+    net_reader(folder, change(run[1].with_suffix('.safetensors').read_bytes()), run[0])
+
+
+@half
+@given(other_values())
+def test_net_header(folder, run, change):
+    content = run[1].with_suffix('.safetensors').read_bytes()
+    n = int.from_bytes(content[:8], 'little')
+    header = json.loads(content[8:8 + n])
+    about = json.dumps(change(json.loads(header['__metadata__']['cifar_nbdev'])))
+    header = json.dumps(header | {'__metadata__': {'cifar_nbdev': about}}).encode()
+    net_reader(folder, len(header).to_bytes(8, 'little') + header + content[8 + n:], run[0])
+
+
+@pytest.fixture(scope='module')
+def images():
+    "An image in each of the usual formats, as files"
+    def saved(kind):
+        with io.BytesIO() as f:
+            image.save(f, kind)
+            return f.getvalue()
+    image = Image.fromarray(DATA.x_train[0].permute(1, 2, 0).numpy())
+    return [saved(kind) for kind in ('PNG', 'JPEG', 'GIF', 'WEBP', 'BMP', 'TIFF', 'PPM')]
+
+
+@fuzz
+@given(damage(), st.integers(0, 6))
+def test_images(folder, images, change, i):
+    (folder/'bad.image').write_bytes(change(images[i]))
+    found = reads(lambda: prepare_image(folder/'bad.image'), ValueError)
+    assert found is None or found[0].dtype == torch.uint8 and found[0].shape == (3, 32, 32)
 
 
 def test_a_flipped_bit_in_the_weights_of_a_run_is_noticed(run, tmp_path):

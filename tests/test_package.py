@@ -23,16 +23,16 @@ from conftest import ROOT, python
 
 HOUSE = dict(                                           # notebooks by their modules, floor by floor
     data='00', model='01', train='02', report='03',
-    explore='04', live='04b', readings='05', changes='06', speed='07', peers='07b',
+    explore='04', live='04b', readings='05', changes='06', speed='07', peers='07b', callbacks='08', predict='09',
     files='10', sources='11', machine='11b', download='11c', compiled='12', captured='13', checkpoint='13b', runs='14', fingerprint='14b', sweep='15', page='16', results='16b',
     commands='17')
 GUIDE = (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8')
 LAYERS = re.findall(r'\w+', re.search(r'before it:\n([\w, ]+)\.', GUIDE)[1])      # lowest first
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
-EXTRAS = ['dev', 'doc', 'cluster', 'peers']
+EXTRAS = ['dev', 'doc', 'cluster', 'export', 'peers']
 PROTOCOL = {'forward', 'new_head', 'new_gate', 'before_fit', 'after_batch', 'after_epoch', 'after_fit'}     # said by the class
 UNUSED = {'ipywidgets'}                                 # for those who run the notebooks
-PEERS = {'lightning', 'skorch', 'keras', 'distributed', 'dask'}                     # in extras of their own
+PEERS = {'lightning', 'skorch', 'keras', 'distributed', 'dask', 'onnx', 'onnxscript'}                     # in extras of their own
 
 
 def settings():
@@ -251,7 +251,7 @@ def test_what_is_required_is_what_is_imported():
 def test_tested_versions_are_named_for_all_that_is_required():
     pins = (ROOT/'constraints.txt').read_text(encoding='utf-8')
     names = set(re.findall(r'^([\w-]+)==[\w.]+(?:; python_version (?:<|>=) "3.11")?$', pins, re.M))
-    assert names >= required('requirements', 'dev_requirements', 'doc_requirements', 'cluster_requirements')
+    assert names >= required(*(f'{k}requirements' for k in ('', 'dev_', 'doc_', 'cluster_', 'export_')))
     assert not re.search(r'^ *-|://| @ ', pins, re.M)   # no options, no addresses
 
 
