@@ -9,6 +9,7 @@ __all__ = ['REPORT', 'FIGURES', 'TEXT_LRS', 'COLORS', 'STYLE', 'shared', 'data_l
 
 # %% ../nbs/03_report.ipynb #e99edadf
 from contextlib import contextmanager
+from threading import RLock
 
 import numpy as np
 import pandas as pd
@@ -66,6 +67,8 @@ STYLE = {'font.size': 10, 'figure.dpi': 72, 'axes.spines.top': False, 'axes.spin
 
 # %% ../nbs/03_report.ipynb #46318609
 #| code-fold: true
+_drawing = RLock()                                      # a widget may draw while a cell does
+
 @contextmanager
 def figure_style(
     **more,  # Matplotlib's rcParams besides `STYLE`
@@ -73,7 +76,7 @@ def figure_style(
     "Figures made inside share one style, and are closed when done: a cell that ends with one shows it, once"
     plt.draw_if_interactive()   # Jupyter's backend sets itself up now; inside the style that would be undone
     before = plt.get_fignums()
-    with plt.style.context(['default', STYLE | more]): yield
+    with _drawing, plt.style.context(['default', STYLE | more]): yield
     for n in set(plt.get_fignums()) - set(before): plt.close(n)
 
 # %% ../nbs/03_report.ipynb #429545b3
@@ -118,8 +121,7 @@ def curves(
         for (top, bottom), (title, color, group) in zip(axs.T, columns):
             _draw(top, group, 'loss', color)
             _draw(bottom, group, 'acc', color)
-            top.set_title(title, fontsize=11)
-            bottom.set_xlabel('epoch')
+            top.set_title(title, fontsize=11); bottom.set_xlabel('epoch')
             bottom.xaxis.set_major_locator(plt.MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         for ax in axs[:, 0]: ax.set_ylim(bottom=0); ax.legend()
         axs[0, 0].set_ylabel('loss (cross-entropy)'); axs[1, 0].set_ylabel('accuracy (%)')
@@ -160,8 +162,7 @@ def mean_interval(
     values,  # One number for each run
 ) -> tuple[float, float]:  # Lower and upper end; NaN where there are fewer than two values
     "95% interval of the mean, by Student's t"
-    n = len(values)
-    if n < 2: return np.nan, np.nan
+    if (n := len(values)) < 2: return np.nan, np.nan
     mean, half = np.mean(values), stdtrit(n - 1, .975) * _sd(values) / n**.5
     return mean - half, mean + half
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 from threadpoolctl import threadpool_limits
 
+from .callbacks import make_lr_find
 from .changes import choose, final_test, validation_split
 from .data import ImageData, dataloaders
 from .explore import inspect_net
@@ -85,6 +86,7 @@ def make_results(
     sweep(data, [.001], range(5), out=out, **more)
     for lr in REPORT: keep_weights(data, out, lr, epochs, **here)
     _make_changes(data, out, more)
+    make_lr_find(data, out/'lr_find.json', **here)
     model, lr = new_model(data), Settings.lr
     load_weights(model, weights_file(out, lr, max(n for n in KEPT if n <= epochs)))
     with atomic_write(out/'inside.json') as tmp: tmp.write_text(json.dumps(inspect_net(model, data)) + '\n')

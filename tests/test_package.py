@@ -31,7 +31,6 @@ LAYERS = re.findall(r'\w+', re.search(r'before it:\n([\w, ]+)\.', GUIDE)[1])    
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
 EXTRAS = ['dev', 'doc', 'cluster', 'export', 'peers']
 PROTOCOL = {'forward', 'new_head', 'new_gate', 'before_fit', 'after_batch', 'after_epoch', 'after_fit'}     # said by the class
-UNUSED = {'ipywidgets'}                                 # for those who run the notebooks
 PEERS = {'lightning', 'skorch', 'keras', 'distributed', 'dask', 'onnx', 'onnxscript'}                     # in extras of their own
 
 
@@ -245,7 +244,7 @@ def test_what_is_required_is_what_is_imported():
     packages = {p.lower() for m in LAYERS for _, p, _ in imports(m)}
     packages = {'pillow' if p == 'pil' else p for p in packages}
     others = packages - set(sys.stdlib_module_names) - {'cifar_nbdev', 'ipython'} - PEERS
-    assert others == required('requirements') - UNUSED
+    assert others == required('requirements')
 
 
 def test_tested_versions_are_named_for_all_that_is_required():
