@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['markdown', 'write_report', 'check_folder', 'reproduce']
 
-# %% ../nbs/16_page.ipynb #e02a95a3
+# %% ../nbs/16_page.ipynb #32d0c757
 import base64, io, sys, time
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from .data import ImageData, is_cifar10, load_data
 from .files import atomic_write, document, pick_device
 from .report import (FIGURES, accuracy_table, by_lr, claims, curves, data_label, figure_style,
                                 shared)
-from .runs import Settings, new_model, own_model, pick_step
+from .runs import Settings, new_model, own_model, pick_step, run_name
 from .sweep import check_sweep, sweep
 
 # %% ../nbs/16_page.ipynb #71c12509
@@ -110,6 +110,13 @@ def _run_table(runs):
         'step': [r['env'].get('step', '-') for r in runs],
         'weights, sha256': [r['weights_sha256'][:12] for r in runs]})
 
+# %% ../nbs/16_page.ipynb #1c5af9f9
+def _files(runs, folder):
+    "For each row of the runs' table the name of the JSON in a folder, '' where there is none"
+    runs = sum(by_lr(runs).values(), [])
+    names = [run_name(r['config'], r['data']['sha256'], r.get('model')) + '.json' for r in runs]
+    return [n if Path(n).name == n and (Path(folder)/n).is_file() else '' for n in names]
+
 # %% ../nbs/16_page.ipynb #493e2c0f
 def _environments(runs):
     "What the runs say about versions and machine: name -> value, or values"
@@ -130,10 +137,10 @@ def _ledger(runs):
     ledger = claims(runs)
     return _grid(ledger[ledger['verdict'] != 'not CIFAR-10'].astype(str), text=True, aside=('runs',))
 
-# %% ../nbs/16_page.ipynb #d5aecb58
+# %% ../nbs/16_page.ipynb #fec60316
 #| code-fold: true
-def _page(runs, figures, took):
-    "Fill in the template"
+def _page(runs, figures, took, out):
+    "Fill in the template, for a page in the folder `out`"
     first, own = runs[0], _own(runs)
     label = data_label(shared(runs, 'data', 'name'))
     table = _table(runs).reset_index()
@@ -143,9 +150,9 @@ def _page(runs, figures, took):
         elsewhere='' if is_cifar10(first['data']['name']) else _GET_DATA,
         figures=figures, accuracy=_grid(table, aside=('No.', 'momentum', 'weight decay')),
         ledger=_ledger(runs), runs=len(runs), all=_grid(_run_table(runs)),
-        took=took, version=__version__, env=_environments(runs))
+        files=_files(runs, Path(out)/'runs'), took=took, version=__version__, env=_environments(runs))
 
-# %% ../nbs/16_page.ipynb #5ca271ce
+# %% ../nbs/16_page.ipynb #ed8f0d28
 def write_report(
     runs: list,  # Runs on the same data, with the same settings but for learning rate and seed
     out: str | Path,  # Folder, made if need be
@@ -160,7 +167,7 @@ def write_report(
     files = {f'figures/{f["stem"]}.{kind}': f[kind] for f in figures for kind in ('svg', 'png')} | {
         'table.csv': table.assign(data=data_label(name)).to_csv().encode(),
         'table.md': f'{table.columns.name}\n\n{markdown(table)}{note}'.encode(),
-        'index.html': _page(runs, figures, took).encode()}
+        'index.html': _page(runs, figures, took, out).encode()}
     for file, content in files.items():
         with atomic_write(out/file) as tmp: tmp.write_bytes(content)
     return out/'index.html'

@@ -7,7 +7,7 @@ __all__ = ['REPORT', 'FIGURES', 'TEXT_LRS', 'COLORS', 'STYLE', 'shared', 'data_l
            'accuracy_table', 'mean_interval', 'prediction_interval', 'half_width', 'intervals', 'paired', 'verdict',
            'claims']
 
-# %% ../nbs/03_report.ipynb #e99edadf
+# %% ../nbs/03_report.ipynb #0f065c80
 from contextlib import contextmanager
 from threading import RLock
 
@@ -65,7 +65,7 @@ _OTHER = '#56616c'                                      # any other learning rat
 STYLE = {'font.size': 10, 'figure.dpi': 72, 'axes.spines.top': False, 'axes.spines.right': False,
          'axes.grid': True, 'grid.alpha': .3, 'legend.frameon': False, 'svg.hashsalt': 'cifar_nbdev'}
 
-# %% ../nbs/03_report.ipynb #46318609
+# %% ../nbs/03_report.ipynb #bbca03ba
 #| code-fold: true
 _drawing = RLock()                                      # a widget may draw while a cell does
 
@@ -79,18 +79,18 @@ def figure_style(
     with _drawing, plt.style.context(['default', STYLE | more]): yield
     for n in set(plt.get_fignums()) - set(before): plt.close(n)
 
-# %% ../nbs/03_report.ipynb #429545b3
+# %% ../nbs/03_report.ipynb #613c27d1
 #| code-fold: true
 def _draw(ax, runs, what, color):
     "Means over runs, 'loss' or 'acc', and for the test images the range"
     ax.update_datalim([(1, 0)])                         # from 0, with a margin at the top
-    for part, label, ls in (('train', 'training', '--'), ('test', 'test', '-')):
-        values = np.array([[e[f'{part}_{what}'] for e in r['epochs']] for r in runs])       # (runs, epochs)
-        if what == 'acc': values = 100 * values
-        epochs = np.arange(1, values.shape[1] + 1)
-        ax.plot(epochs, values.mean(0), ls, marker='o' if len(epochs) == 1 else '', color=color, label=label)
+    scale, x = 100 if what == 'acc' else 1, np.arange(1, len(runs[0]['epochs']) + 1)
+    for part, label, ls, fill in (('train', 'training', '--', 'w'), ('test', 'test', '-', color)):
+        values = scale * np.array([[e[f'{part}_{what}'] for e in r['epochs']] for r in runs])   # (runs, epochs)
+        ax.plot(x, values.mean(0), ls + 'o'*(len(x) == 1), color=color, mfc=fill, label=label)
         if part == 'test' and len(runs) > 1:
-            ax.fill_between(epochs, values.min(0), values.max(0), color=color, alpha=.2, lw=0)
+            ax.fill_between(x, values.min(0), values.max(0), color=color, alpha=.2, lw=0)
+    ax.set_xlim(.7 - .02*len(x), .3 + 1.02*len(x))      # no curve touches the frame
 
 # %% ../nbs/03_report.ipynb #9c1918f0
 def _title(lr, group):
@@ -108,7 +108,7 @@ def _columns(runs):
     return data_label(name), [(_title(lr, group), COLORS.get(lr, _OTHER), group)
                               for lr, group in by_lr(runs).items()]
 
-# %% ../nbs/03_report.ipynb #aa24ee82
+# %% ../nbs/03_report.ipynb #a314e327
 #| code-fold: true
 def curves(
     runs,  # Runs on the same data (a column for each learning rate), one run, or a `History`
@@ -122,7 +122,7 @@ def curves(
             _draw(top, group, 'loss', color)
             _draw(bottom, group, 'acc', color)
             top.set_title(title, fontsize=11); bottom.set_xlabel('epoch')
-            bottom.xaxis.set_major_locator(plt.MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+            bottom.xaxis.set_major_locator(plt.MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
         for ax in axs[:, 0]: ax.set_ylim(bottom=0); ax.legend()
         axs[0, 0].set_ylabel('loss (cross-entropy)'); axs[1, 0].set_ylabel('accuracy (%)')
         fig.suptitle(label, fontsize=10, parse_math=False, color='#444' if is_cifar10(label) else '#b00020')
@@ -148,16 +148,17 @@ def _named(table, runs):
     if not is_cifar10(name): table = table.drop(columns='report')
     return table.rename_axis(columns=f'accuracy in %, {data_label(name)}')
 
-# %% ../nbs/03_report.ipynb #b490b07b
+# %% ../nbs/03_report.ipynb #7daab427
 def accuracy_table(
     runs: list,  # Runs on the same data
 ) -> pd.DataFrame:  # A row for each learning rate; accuracies in percent
-    "The report's table, its accuracies beside ours: mean over seeds, standard deviation, lowest and highest"
+    "The report's table, its accuracies beside ours: mean over seeds; where there are several, their scatter"
     table = _named(pd.DataFrame([_row(lr, group) for lr, group in by_lr(runs).items()]), runs)
+    if max(table['seeds']) == 1: table = table.drop(columns=['sd', 'lowest', 'highest'])
     table.index = pd.RangeIndex(1, len(table) + 1, name='No.')
     return table.round(dict.fromkeys(('report', 'ours', 'sd', 'lowest', 'highest', 'best epoch'), 2))
 
-# %% ../nbs/03_report.ipynb #2b2bfb47
+# %% ../nbs/03_report.ipynb #91f3bdf9
 def mean_interval(
     values,  # One number for each run
 ) -> tuple[float, float]:  # Lower and upper end; NaN where there are fewer than two values
@@ -234,7 +235,7 @@ def _data_claim(runs):
     return ('50,000 training and 10,000 test images', '{:,} and {:,}'.format(*found), '-',
             'holds' if found == (50_000, 10_000) else 'does not hold')
 
-# %% ../nbs/03_report.ipynb #12ad6d8b
+# %% ../nbs/03_report.ipynb #33eb784e
 #| code-fold: true
 def _model_claims():
     "Shapes; and the learning rates of text and table"
@@ -245,8 +246,7 @@ def _model_claims():
              'conv', 'output', '[128, 12, 28, 28]'),
             ('the linear layer has 28*28*6 = 4704 inputs', 'fc', 'input', '[128, 4704]'),
             ('ten classes out', 'fc', 'output', '[128, 10]')):
-        found = table.loc[layer, column]
-        yield claim, found, '-', 'holds' if found == wanted else 'does not hold'
+        yield claim, (found := table.loc[layer, column]), '-', 'holds' if found == wanted else 'does not hold'
     yield ('text: learning rates 0.01, 0.001, 0.005; figures and table: 0.005, 0.01, 0.0001',
            '0.001 stands in the text only, 0.0001 in the others', '-',
            'holds' if set(TEXT_LRS) == set(REPORT) else 'contradicts itself')

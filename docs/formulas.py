@@ -19,6 +19,7 @@ def mathml(
 ):                      # HTML
     "A formula in TeX's notation as MathML"
     made = convert(tex, display=display)
+    if '\\' in made: raise ValueError(f'the formula {tex!r} has a command that latex2mathml does not know')
     for found, better in _SPACING.items(): made = re.sub(found, better, made)
     return made
 

@@ -1,5 +1,5 @@
-"""What a page asks for at its first load, without what the theme brings and no page uses: icon fonts and their
-script, most of its style sheets, the search on pages that do not search, source maps, translations
+"""Takes out of a built site what the theme brings and no page uses: icon fonts and their script, most of its
+style sheets, the search on pages that do not search, source maps, translations
 """
 import os, re
 from pathlib import Path
@@ -23,7 +23,8 @@ def tidy(text, search=False):
 def _alive(selector, words):
     "Whether there can be an element with all classes and ids of a selector"
     plain = re.sub(r':(?:not|is|where|has)\([^)]*\)', '', selector)
-    return all(name in words or name.startswith(_MADE) for name in re.findall(r'[.#](-?[A-Za-z_][\w-]*)', plain))
+    names = re.findall(r'[.#](-?[A-Za-z_][\w-]*)', plain)
+    return all(name in words or name.startswith(_MADE) for name in names)
 
 
 def style(rules, words):
@@ -50,8 +51,8 @@ def asked(site):
         found |= new
         refs = {(f.parent, ref) for f in new if f.suffix in ('.html', '.css')
                 for ref in _REF.findall(f.read_text(encoding='utf-8'))}
-        new = {path for folder, ref in refs if (path := Path(os.path.normpath(folder/unquote(ref)))).is_file()}
-        new -= found
+        paths = {Path(os.path.normpath(folder/unquote(ref))) for folder, ref in refs}
+        new = {path for path in paths if path.is_file()} - found
     return found
 
 

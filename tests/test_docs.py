@@ -9,7 +9,7 @@ from conftest import ROOT
 
 pytest.importorskip('sphinx', reason='the site needs the doc extra: make docs installs it')
 sys.path.insert(0, str(ROOT/'docs'))
-import build, readme, translate
+import build, formulas, readme, slim, translate
 
 HOST = 'https://cifar-nbdev.github.io/cifar_nbdev'
 BLOB = 'https://github.com/cifar-nbdev/cifar_nbdev/blob/main'
@@ -174,6 +174,45 @@ def test_a_faulty_page_is_found(tmp_path, body, found):
     (tmp_path/'other.html').write_text('<i id="here"></i>')
     problems = list(build.problems(tmp_path, HOST))
     assert [found in p for p in problems] == [True] * bool(found)
+
+
+# What pages weigh
+
+@pytest.mark.parametrize('tex, found', [
+    (r'\log 10', '<mi>log</mi><mspace width="0.167em" /><mn>10</mn>'),
+    (r'\log(x)', '<mi>log</mi><mo stretchy="false">'), (r'\max(x)', '<mi>max</mi>'),
+    (r'|p|', '<mo stretchy="false" lspace="0" rspace="0">&#x0007C;</mo>'),
+    (r'L = -p', '<mo form="prefix">&#x02212;</mo>'), (r'\partial v', '<mi>&#x02202;</mi><mi>v</mi>')])
+def test_a_formula_is_spaced_as_in_tex(tex, found):
+    assert found in formulas.mathml(tex)
+
+
+def test_an_unknown_command_in_a_formula_is_an_error():
+    with pytest.raises(ValueError, match=r'frobnicate'): formulas.mathml(r'\frobnicate x')
+
+
+def test_styles_that_no_page_can_use_are_left_out():
+    css = ('/* Copyright A */ .a, .gone { color: red } .gone .a { color: blue } .a:not(.gone) { x: y } '
+           '@media print { .gone { x: y } } @media print { #b { x: y } } @font-face { src: url(c) } '
+           '.bs-tooltip-auto { x: y } /* a note */ :root { --c: d }')
+    kept = slim.style(slim.tinycss2.parse_stylesheet(css), {'a', 'b'})
+    kept = re.sub(r'\s+', ' ', kept)
+    assert kept == ('/* Copyright A */ .a{ color: red } .a:not(.gone) { x: y } @media print {#b { x: y }} '
+                    '.bs-tooltip-auto { x: y } :root { --c: d }'), kept
+
+
+def test_files_that_no_page_asks_for_are_left_out(tmp_path):
+    for name in ('a.css', 'b.css', 'c.svg', 'd.js', 'd.js.LICENSE.txt', 'd.js.map', 'locales/e'):
+        (tmp_path/'_static'/name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/'_static'/name).write_text({'a.css': '@import "b.css"; p { x: url(c.svg) }'}.get(name, ''))
+    (tmp_path/'i.html').write_text(
+        '<link href="_static/a.css?v=1"><script src="_static/d.js"></script>'
+        '<script src="searchindex.js"></script><table><th class="head">x</th></table>')
+    slim.slim(tmp_path)
+    left = {p.name for p in (tmp_path/'_static').rglob('*')}
+    assert left == {'a.css', 'b.css', 'c.svg', 'd.js', 'd.js.LICENSE.txt'}
+    text = (tmp_path/'i.html').read_text()
+    assert 'searchindex' not in text and '<th scope="col" class="head">' in text
 
 
 # README

@@ -1,5 +1,5 @@
 """The built site in a real browser: headless Chromium opens every page from a local server"""
-import functools, json, re, shutil, subprocess, sys, threading
+import contextlib, functools, json, re, shutil, subprocess, sys, threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 from importlib.util import find_spec
@@ -37,14 +37,20 @@ class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *args): pass
 
 
-@pytest.fixture(scope='module')
-def url(site):
-    "Where the site is served"
-    server = ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=site))
+@contextlib.contextmanager
+def served(folder):
+    "The address of a folder, while the block runs"
+    server = ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=folder))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f'http://127.0.0.1:{server.server_address[1]}'
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture(scope='module')
+def url(site):
+    "Where the site is served"
+    with served(site) as address: yield address
 
 
 @pytest.fixture(scope='module')
@@ -71,8 +77,7 @@ def show(browser, address, width, scheme):
     for log in ('browser', 'performance'): browser.get_log(log)
     browser.get(address)
     browser.execute_async_script(
-        'const done = arguments[0]; const go = () => (window.MathJax?.startup?.promise ?? Promise.resolve())'
-        '.then(() => setTimeout(done, 100));'
+        'const done = arguments[0]; const go = () => setTimeout(done, 100);'
         'document.readyState == "complete" ? go() : addEventListener("load", go)')
 
 
@@ -130,17 +135,21 @@ def test_the_first_screen_of_the_home_page_has_the_curves_and_the_table(browser,
         assert browser.execute_script(bottom) <= 900, what
 
 
-def test_search_finds_fit_and_lands_on_it(browser, url):
+@pytest.mark.parametrize('name', ['train.fit', 'train.evaluate', 'sweep.sweep', 'data.load_data'])
+def test_search_puts_a_function_first_and_lands_on_it(browser, url, name):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
-    show(browser, f'{url}/search.html?q=fit', 1300, 'light')
-    fit = '#search-results a[href*="train.html"][href$="#fit"]'
-    link = WebDriverWait(browser, 20).until(lambda b: b.find_elements(By.CSS_SELECTOR, fit))[0]
-    browser.execute_script('arguments[0].click()', link)
-    WebDriverWait(browser, 20).until(lambda b: 'train.html' in b.current_url)
+    page, name = name.split('.')
+    show(browser, f'{url}/search.html?q={name}', 1300, 'light')
+    links = (By.CSS_SELECTOR, '#search-results li a')
+    first = WebDriverWait(browser, 20).until(lambda b: b.find_elements(*links))[0]
+    assert first.text == f'cifar_nbdev.{page}.{name}'
+    browser.execute_script('arguments[0].click()', first)
+    WebDriverWait(browser, 20).until(lambda b: f'{page}.html' in b.current_url)
     WebDriverWait(browser, 20).until(lambda b: b.execute_script(
-        'const t = document.getElementById("fit").getBoundingClientRect().top; return t >= -5 && t < 300'))
-    assert browser.current_url.endswith('#fit')
+        f'const t = document.getElementById("{name}").getBoundingClientRect().top;'
+        'return t >= -5 && t < 300'))
+    assert browser.current_url.endswith(f'#{name}')
 
 
 def test_the_sidebar_has_the_floors_and_their_pages(browser, site, url):
@@ -195,3 +204,197 @@ def test_a_folded_cell_says_what_it_holds_and_opens(browser, soups, url):
     browser.execute_script('arguments[0].scrollIntoView({block: "center"})', details)
     details.find_element(By.TAG_NAME, 'summary').click()
     WebDriverWait(browser, 20).until(lambda b: details.find_element(By.TAG_NAME, 'pre').is_displayed())
+
+
+# Weight
+
+def loaded(browser, address):
+    "Bytes that come over the wire when a page is opened for the first time, headers included"
+    browser.execute_cdp_cmd('Network.setCacheDisabled', {'cacheDisabled': True})
+    show(browser, address, 1300, 'light')
+    browser.execute_cdp_cmd('Network.setCacheDisabled', {'cacheDisabled': False})
+    messages = [json.loads(e['message'])['message'] for e in browser.get_log('performance')]
+    return sum(m['params']['encodedDataLength'] for m in messages if m['method'] == 'Network.loadingFinished')
+
+
+def test_a_page_weighs_less_than_a_megabyte(browser, site, url):
+    weights = {p.name: loaded(browser, f'{url}/{p.name}') for p in sorted(site.glob('*.html'))}
+    assert min(weights.values()) > 200_000, 'the styles of the theme are not counted'
+    assert not {name: weight for name, weight in weights.items() if weight > 1_000_000}
+
+
+# Formulas
+
+def formulas(path):
+    "Formulas of a notebook's text"
+    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+    text = '\n\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
+    text = re.sub(r'```.*?```|`[^`\n]*`', '', text, flags=re.S)
+    return re.findall(r'\$\$(.+?)\$\$|\$([^$\n]+)\$', text, re.S)
+
+
+def test_every_formula_is_set_by_the_browser(browser, soups, url):
+    counted = 0
+    for path in sorted((ROOT/'nbs').glob('[0-9]*.ipynb')):
+        raw = ''.join(json.loads(path.read_text(encoding='utf-8'))['cells'][0]['source'])
+        page = re.search(r'output-file: (\S+)', raw)[1]
+        wanted = sum(len(block.split(r'\qquad')) if block else 1 for block, _ in formulas(path))
+        assert len(soups[page.removesuffix('.html')].find_all('math')) == wanted, page
+        if not wanted: continue
+        show(browser, f'{url}/{page}', 1300, 'light')
+        sizes = browser.execute_script("return [...document.querySelectorAll('math')].map(m => {"
+                                       'const r = m.getBoundingClientRect(); return [r.width, r.height]})')
+        assert all(w > 4 and h > 4 for w, h in sizes), page
+        counted += wanted
+    assert counted > 80
+
+
+# Paper
+
+PAPER = 680                                             # A4 between its margins, in CSS pixels
+CUT_OFF = """return [...document.querySelectorAll('body *')].filter(e => {
+  const r = e.getBoundingClientRect(), s = getComputedStyle(e);
+  return r.width > 1 && r.height > 1 && s.visibility != 'hidden' && \
+(r.right > innerWidth + 1 || s.overflowX != 'visible' && e.scrollWidth > e.clientWidth + 1)
+}).map(e => e.tagName + '.' + e.className)"""
+SHOWN = ("return [...document.querySelectorAll('{}')].filter(e => e.checkVisibility())"
+         ".map(e => e.outerHTML.slice(0, 99))")
+AROUND = ', '.join(('#pst-primary-sidebar', '#pst-secondary-sidebar', '.bd-header-article', 'button',
+                    '.headerlink', '.prev-next-footer', '.bd-article a.source'))
+FOLDED = "return [...document.querySelectorAll('.bd-article pre')].filter(e => !e.checkVisibility()).length"
+
+
+@contextlib.contextmanager
+def paper(browser, address):
+    "A page as it goes to the printer, of a reader who prefers the dark"
+    show(browser, address, PAPER, 'dark')
+    dark = [dict(name='prefers-color-scheme', value='dark')]
+    browser.execute_script('dispatchEvent(new Event("beforeprint"))')
+    browser.execute_cdp_cmd('Emulation.setEmulatedMedia', {'media': 'print', 'features': dark})
+    yield
+    browser.execute_cdp_cmd('Emulation.setEmulatedMedia', {'media': '', 'features': dark})
+    browser.execute_script('dispatchEvent(new Event("afterprint"))')
+
+
+def test_on_paper_nothing_is_cut_off_or_folded(browser, site, url):
+    folded = 0
+    for page in sorted(p.name for p in site.glob('*.html') if p.name != 'search.html'):
+        with paper(browser, f'{url}/{page}'):
+            assert not browser.execute_script(CUT_OFF), page
+            assert not browser.execute_script(SHOWN.format(AROUND)), page
+            assert browser.execute_script('return document.documentElement.dataset.theme') == 'light'
+            assert browser.execute_script('return document.querySelector("h1").checkVisibility()'), page
+            assert not browser.execute_script(FOLDED), page
+        folded += browser.execute_script('return document.querySelectorAll("details:not([open])").length')
+        assert browser.execute_script('return document.documentElement.dataset.theme') == 'dark', page
+    assert folded > 20, 'code is folded again'
+
+
+# Everyone
+
+CONTRAST = (ROOT/'tests'/'contrast.js').read_text(encoding='utf-8')
+ACCURACIES = """return [...document.querySelectorAll('th')].filter(e => /^(report|ours)( \\(%\\))?$/.test(\
+e.textContent.trim()) && e.checkVisibility()).slice(0, 2).map(e => {
+  const r = e.getBoundingClientRect(), box = e.closest('table').parentElement.getBoundingClientRect();
+  return [r.left - Math.max(0, box.left), Math.min(innerWidth, box.right) - r.right]})"""
+
+
+def outlines(browser):
+    "Faint marks of the focus; the keyboard is used first, or the browser draws none"
+    from selenium.webdriver.common.keys import Keys
+    browser.switch_to.active_element.send_keys(Keys.TAB)
+    return browser.execute_script(CONTRAST + 'return faintFocus()')
+
+
+def skip_link(browser):
+    "Tab, Enter, Tab: whether the first link is seen and leads into the main part"
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import WebDriverWait
+    browser.switch_to.active_element.send_keys(Keys.TAB)
+    first = browser.switch_to.active_element
+    WebDriverWait(browser, 5).until(lambda b: first.is_displayed() and first.text.startswith('Skip'))
+    assert first.rect['x'] >= 0 and first.rect['y'] >= 0 and first.rect['width'] > 20
+    first.send_keys(Keys.ENTER)
+    browser.switch_to.active_element.send_keys(Keys.TAB)
+    return browser.execute_script('return document.activeElement.closest("main") != null')
+
+
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+def test_text_and_focus_stand_out(browser, site, url, scheme):
+    for page in sorted(p.name for p in site.glob('*.html')):
+        show(browser, f'{url}/{page}', 1300, scheme)
+        assert not browser.execute_script(CONTRAST + 'return faintText()'), page
+        if page in ('index.html', 'report.html', 'search.html'): assert not outlines(browser), page
+
+
+def test_contrast_finds_what_is_faint(browser, tmp_path):
+    (tmp_path/'a.html').write_text(
+        '<style>b { color: #999 } a { outline: none }</style><p>plain <b>faint</b>'
+        ' <a href="#">no mark</a></p><button>plain</button>')
+    with served(tmp_path) as address: show(browser, f'{address}/a.html', 1300, 'light')
+    assert [f[:2] for f in browser.execute_script(CONTRAST + 'return faintText()')] == ['B.']
+    assert [f[:2] for f in outlines(browser)] == ['A.']
+
+
+def test_the_skip_link_leads_into_the_page(browser, url):
+    show(browser, f'{url}/report.html', 1300, 'light')
+    assert skip_link(browser)
+
+
+@pytest.mark.parametrize('page', ['index', 'report'])
+def test_a_phone_shows_the_accuracies(browser, url, page):
+    show(browser, f'{url}/{page}.html', 390, 'light')
+    room = browser.execute_script(ACCURACIES)
+    assert len(room) == 2 and min(min(r) for r in room) >= 0, room
+
+
+def test_headings_are_in_order_and_columns_have_heads(soups):
+    for name, soup in soups.items():
+        levels = [int(h.name[1]) for h in soup.find_all(re.compile('^h[1-6]$'))]
+        assert levels[0] == 1 and levels.count(1) == 1, name
+        assert all(b <= a + 1 for a, b in zip(levels, levels[1:])), name
+        assert soup.html['lang'] == 'en' and all(th.get('scope') for th in soup.find_all('th')), name
+
+
+# The report page
+
+@pytest.fixture(scope='module')
+def report(tmp_path_factory):
+    "A report of the stored runs, one of their JSON files beside it"
+    from cifar_nbdev.page import write_report
+    from cifar_nbdev.runs import load_runs, save_run
+    out = tmp_path_factory.mktemp('report')
+    runs = load_runs(ROOT/'nbs'/'results', reading='gate')
+    runs = [r for r in runs if r['config']['lr'] in (.005, .01, .0001)]
+    for r in runs[1:]: save_run(r, out/'runs')
+    return write_report(runs, out)
+
+
+@pytest.fixture(scope='module')
+def report_url(report):
+    "Where it is served"
+    with served(report.parent) as address: yield f'{address}/index.html'
+
+
+def test_every_link_of_the_report_leads_to_a_file(report):
+    from bs4 import BeautifulSoup
+    soup = BeautifulSoup(report.read_text(encoding='utf-8'), 'html.parser')
+    links = [a['href'] for a in soup.find_all('a') if not a['href'].startswith('#')]
+    assert not [link for link in links if not (report.parent/link).exists()]
+    files = {p.relative_to(report.parent).as_posix() for p in report.parent.rglob('*') if p.is_file()}
+    assert files - set(links) == {'index.html'} and 'runs/' in links
+
+
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+def test_the_report_page_is_for_everyone(browser, report_url, scheme):
+    show(browser, report_url, 1300, scheme)
+    assert skip_link(browser)
+    assert not browser.execute_script(CONTRAST + 'return faintText()') and not outlines(browser)
+    levels = browser.execute_script('return [...document.querySelectorAll("h1, h2, h3")].map(h => h.tagName)')
+    assert levels[0] == 'H1' and set(levels[1:]) == {'H2'}
+    assert not browser.execute_script('return document.querySelector("th:not([scope]), img:not([alt])")')
+    show(browser, report_url, 390, scheme)
+    room = browser.execute_script(ACCURACIES)
+    assert len(room) == 2 and min(min(r) for r in room) >= 0, room
+    with paper(browser, report_url): assert not browser.execute_script(CUT_OFF)
+    assert loaded(browser, report_url) < 1_000_000
