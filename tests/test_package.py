@@ -23,7 +23,8 @@ from conftest import ROOT, python
 
 HOUSE = dict(                                           # notebooks by their modules, floor by floor
     data='00', model='01', train='02', report='03',
-    explore='04', live='04b', readings='05', changes='06', speed='07', peers='07b', callbacks='08', predict='09',
+    explore='04', live='04b', widgets='04c', readings='05', changes='06', speed='07', peers='07b',
+    callbacks='08', predict='09',
     files='10', sources='11', machine='11b', download='11c', compiled='12', captured='13', checkpoint='13b', runs='14', fingerprint='14b', sweep='15', page='16', results='16b',
     commands='17')
 GUIDE = (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8')
