@@ -134,7 +134,7 @@ def draw_cell(
     data: ImageData,  # Its test images are shown
     found: pd.DataFrame,  # What `cell_images` gives, at least one
     true: int,  # As for `cell_images`
-    predicted: int,
+    predicted: int,  # As well
     n: int = 16,  # At most so many
 ) -> Figure:  # At most eight images in a row, each with its probabilities
     "The images that a cell of the confusion matrix counts"
