@@ -111,7 +111,7 @@ const button = (text, onclick) => el('button', {type: 'button', class: 'live-but
 const alarm = text => el('p', {class: 'live-alarm', role: 'alert'}, text)
 const radio = (name, attributes, on) => Object.assign(el('input', {type: 'radio', name, ...attributes}), on)
 const indexed = (letter, k) => el('i', {}, letter, el('sub', {}, k + 1))
-const fixed = v => v.toFixed(2).replace('-', '−')
+const fixed = v => (Math.round(100 * v) / 100 || 0).toFixed(2).replace('-', '−')     // no −0
 const term = v => ` ${v < 0 ? '−' : '+'} ${fixed(Math.abs(v))}`
 const percent = p => `${(100 * p).toFixed(1)} %`
 const most = values => values.reduce((m, v) => Math.max(m, Math.abs(v)), 1e-9)
@@ -275,7 +275,8 @@ function insideCard(classes) {
     row('what speaks for a class', [speaksFor], speaks, most(speaks),
         `sum and bias: ${fixed(y.logits[i] - bias)}${term(bias)} = ${fixed(y.logits[i])}`)
   }
-  return {section: card('What it computes', gates, maps), show}
+  const legend = el('p', {}, 'A column is a channel, c a convolution. Blue is above 0, orange below.')
+  return {section: card('What it computes', gates, legend, maps), show}
 }
 
 async function mount(root) {

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['markdown', 'write_report', 'check_folder', 'reproduce']
 
-# %% ../nbs/16_page.ipynb #32d0c757
-import base64, io, sys, time
+# %% ../nbs/16_page.ipynb #52aca378
+import base64, io, sys, time, warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from . import __version__
 from .data import ImageData, is_cifar10, load_data
 from .files import atomic_write, document, pick_device
+from .live import clear_live, write_live
+from .model import ImageClassifier
 from .report import (FIGURES, accuracy_table, by_lr, claims, curves, data_label, figure_style,
                                 shared)
-from .runs import Settings, new_model, own_model, pick_step, run_name
+from .runs import CHANGES, Settings, load_weights, new_model, own_model, pick_step, run_name
 from .sweep import check_sweep, sweep
 
 # %% ../nbs/16_page.ipynb #71c12509
@@ -124,11 +126,12 @@ def _environments(runs):
     found = {k: dict.fromkeys(str(r['env'].get(k, 'unknown')) for r in runs) for k in names}
     return {k: ' and '.join(values) for k, values in found.items()}
 
-# %% ../nbs/16_page.ipynb #013ce21b
+# %% ../nbs/16_page.ipynb #0a59b5de
 _GET_DATA = ('To get CIFAR-10, run cifar_report --data cifar10 where there is a network, '
              'or put cifar-10-python.tar.gz into ./data, or name an .npz of it with --data.')
 _env = Environment(loader=PackageLoader('cifar_nbdev', ''), autoescape=True, undefined=StrictUndefined)
 _env.filters['base64'] = lambda content: base64.b64encode(content).decode()
+_env.globals['source'] = lambda name: _env.loader.get_source(_env, name)[0]         # of a file as it is
 
 # %% ../nbs/16_page.ipynb #02add12f
 def _ledger(runs):
@@ -137,9 +140,9 @@ def _ledger(runs):
     ledger = claims(runs)
     return _grid(ledger[ledger['verdict'] != 'not CIFAR-10'].astype(str), text=True, aside=('runs',))
 
-# %% ../nbs/16_page.ipynb #fec60316
+# %% ../nbs/16_page.ipynb #6d3ef164
 #| code-fold: true
-def _page(runs, figures, took, out):
+def _page(runs, figures, took, out, live=False):
     "Fill in the template, for a page in the folder `out`"
     first, own = runs[0], _own(runs)
     label = data_label(shared(runs, 'data', 'name'))
@@ -150,13 +153,39 @@ def _page(runs, figures, took, out):
         elsewhere='' if is_cifar10(first['data']['name']) else _GET_DATA,
         figures=figures, accuracy=_grid(table, aside=('No.', 'momentum', 'weight decay')),
         ledger=_ledger(runs), runs=len(runs), all=_grid(_run_table(runs)),
-        files=_files(runs, Path(out)/'runs'), took=took, version=__version__, env=_environments(runs))
+        files=_files(runs, Path(out)/'runs'), live=live,
+        took=took, version=__version__, env=_environments(runs))
 
-# %% ../nbs/16_page.ipynb #ed8f0d28
+# %% ../nbs/16_page.ipynb #8e2a2c64
+def _nets(runs, folder, classes):
+    "The first run of each learning rate, and by learning rate and epoch its net, if the page can run them"
+    change = CHANGES.get(runs[0]['config'].get('change'), {})
+    gate = all(r['config']['reading'] == 'gate' for r in runs)
+    if classes is None or not gate or 'normalise' in change: return [], {}
+    def net(run):
+        file = folder/f"{run_name(run['config'], run['data']['sha256'])}.safetensors"
+        return load_weights(ImageClassifier(change.get('branches', 2), classes=len(classes)), file)
+    firsts = [group[0] for group in by_lr(runs).values()]
+    return firsts, {r['config']['lr']: {len(r['epochs']): net(r)} for r in firsts}
+
+# %% ../nbs/16_page.ipynb #115ec1c8
+def _write_nets(runs, out, classes):
+    "Write the files of the nets; False, and none are left, if there is nothing for the page to run"
+    try: firsts, nets = _nets(runs, out/'runs', classes)
+    except FileNotFoundError: firsts = []
+    except ValueError as e:
+        warnings.warn(f'the page is without its nets: {e}', stacklevel=4)
+        firsts = []
+    if firsts: write_live(out/'live', firsts, nets, classes)
+    else: clear_live(out/'live')
+    return bool(firsts)
+
+# %% ../nbs/16_page.ipynb #5312c751
 def write_report(
     runs: list,  # Runs on the same data, with the same settings but for learning rate and seed
     out: str | Path,  # Folder, made if need be
     took: str = '',  # A sentence for the end of the page
+    classes: tuple | None = None,  # Their names; with them, and weights in out/runs, the page runs the nets
 ) -> Path:  # The page, index.html
     "Write figures, table and page of some runs"
     out, name = Path(out).expanduser(), shared(runs, 'data', 'name')
@@ -167,7 +196,7 @@ def write_report(
     files = {f'figures/{f["stem"]}.{kind}': f[kind] for f in figures for kind in ('svg', 'png')} | {
         'table.csv': table.assign(data=data_label(name)).to_csv().encode(),
         'table.md': f'{table.columns.name}\n\n{markdown(table)}{note}'.encode(),
-        'index.html': _page(runs, figures, took, out).encode()}
+        'index.html': _page(runs, figures, took, out, _write_nets(runs, out, classes)).encode()}
     for file, content in files.items():
         with atomic_write(out/file) as tmp: tmp.write_bytes(content)
     return out/'index.html'
@@ -201,7 +230,7 @@ def _took(runs, new, seconds):
     return (f'{new} of {len(runs)} runs were trained in this call, which took {_time(seconds)}; all of them '
             f'together took {_time(sum(r["wall_seconds"] for r in runs))} of computing.')
 
-# %% ../nbs/16_page.ipynb #7acbae7d
+# %% ../nbs/16_page.ipynb #9a2f53cf
 #| code-fold: true
 def reproduce(
     data: str | Path | ImageData = 'auto',  # As for `load_data`, or data that is loaded already
@@ -226,7 +255,7 @@ def reproduce(
     runs = sweep(data, lrs, seeds, model=model, device=device, workers=workers, out=folder, progress=progress,
                  **settings)
     new = len(set(folder.glob('*.json')) - had)
-    return write_report(runs, out, _took(runs, new, time.perf_counter() - start))
+    return write_report(runs, out, _took(runs, new, time.perf_counter() - start), data.classes)
 
 # %% ../nbs/16_page.ipynb #671e1ad5
 document(__name__)

@@ -79,14 +79,14 @@ def figure_style(
     with _drawing, plt.style.context(['default', STYLE | more]): yield
     for n in set(plt.get_fignums()) - set(before): plt.close(n)
 
-# %% ../nbs/03_report.ipynb #613c27d1
+# %% ../nbs/03_report.ipynb #13b07451
 #| code-fold: true
 def _draw(ax, runs, what, color):
     "Means over runs, 'loss' or 'acc', and for the test images the range"
     ax.update_datalim([(1, 0)])                         # from 0, with a margin at the top
     scale, x = 100 if what == 'acc' else 1, np.arange(1, len(runs[0]['epochs']) + 1)
     for part, label, ls, fill in (('train', 'training', '--', 'w'), ('test', 'test', '-', color)):
-        values = scale * np.array([[e[f'{part}_{what}'] for e in r['epochs']] for r in runs])   # (runs, epochs)
+        values = scale * np.array([[e[f'{part}_{what}'] for e in r['epochs']] for r in runs])
         ax.plot(x, values.mean(0), ls + 'o'*(len(x) == 1), color=color, mfc=fill, label=label)
         if part == 'test' and len(runs) > 1:
             ax.fill_between(x, values.min(0), values.max(0), color=color, alpha=.2, lw=0)

@@ -61,7 +61,8 @@ def test_a_good_run_writes_everything(good):
     stems = {'a-lr0.005', 'b-lr0.01', 'c-lr0.0001'}
     figures = {str(Path('figures', f'{s}.{e}')) for s in stems for e in ('png', 'svg')}
     runs = {f for f in files if f.startswith('runs')}
-    assert files - runs == {'index.html', 'table.csv', 'table.md'} | figures
+    live = {str(Path('live', f'{f}.js')) for f in ('net', *(f'lr{lr}-epoch2' for lr in (.005, .01, .0001)))}
+    assert files - runs == {'index.html', 'table.csv', 'table.md'} | figures | live
     assert sorted(Path(f).suffix for f in runs) == ['.json'] * 3 + ['.safetensors'] * 3
     assert len({Path(f).stem for f in runs}) == 3
 
@@ -91,7 +92,8 @@ def test_the_page_needs_nothing_else(good):
     sources = ('src', 'href', 'srcset', 'data', 'poster', 'action')
     links = [v for _, a in page.tags for k, v in a.items() if k in sources]
     assert len(links) == 3 and all(link.startswith('data:image/') for link in links)
-    assert not {'script', 'link', 'iframe', 'base', 'object'} & {t for t, _ in page.tags}
+    assert not {'link', 'iframe', 'base', 'object'} & {t for t, _ in page.tags}
+    assert [a for t, a in page.tags if t == 'script'] == [{}]           # the live net's, without a src
     assert not re.search(r'url\(|@import|http-equiv', html)
 
 

@@ -7,8 +7,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from conftest import ROOT, clean_env
-from test_site import BROWSER, DRIVER, FLAGS
+from conftest import BROWSER, DRIVER, FLAGS, ROOT, clean_env
 
 pytestmark = [
     pytest.mark.skipif(not find_spec('jupyterlab') or not find_spec('selenium'),

@@ -1,98 +1,17 @@
 """The built site in a real browser: headless Chromium opens every page from a local server"""
-import contextlib, functools, json, re, shutil, subprocess, sys, threading
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+import contextlib, json, re
 from importlib import import_module
-from importlib.util import find_spec
 from urllib.parse import urlsplit
 
 import pytest
 
-from conftest import ROOT
+from conftest import NEEDS_BROWSER, ROOT, requests, served, show
 
-BROWSER = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-DRIVER = shutil.which('chromedriver')
-FLAGS = ('--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run '
-         '--disable-background-networking --disable-component-update --disable-sync '
-         '--disable-dev-shm-usage').split()
 SCREENS = {'desktop': (1300, 'light'), 'phone': (390, 'light'), 'dark': (1300, 'dark')}
 MODULES = [p.stem for p in sorted((ROOT/'cifar_nbdev').glob('[!_]*.py'))]
 FLOORS = {'The report': '0[0-3]', 'Beyond it': '0[4-9]', 'Under the hood': '1'}
 
-pytestmark = [
-    pytest.mark.skipif(not find_spec('sphinx_book_theme') or not find_spec('selenium'),
-                       reason='the site needs the doc extra: make docs installs it'),
-    pytest.mark.skipif(not BROWSER or not DRIVER, reason='no Chromium with its driver here: on Debian, '
-                       'apt-get install chromium chromium-driver')]
-
-
-@pytest.fixture(scope='module')
-def site():
-    "The site, built now"
-    subprocess.run([sys.executable, 'docs/build.py'], cwd=ROOT, check=True)
-    return ROOT/'_docs'
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    "A file server that says nothing"
-    def log_message(self, *args): pass
-
-
-@contextlib.contextmanager
-def served(folder):
-    "The address of a folder, while the block runs"
-    server = ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=folder))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f'http://127.0.0.1:{server.server_address[1]}'
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.fixture(scope='module')
-def url(site):
-    "Where the site is served"
-    with served(site) as address: yield address
-
-
-@pytest.fixture(scope='module')
-def browser(tmp_path_factory):
-    "Chromium with an empty profile, its console and its requests logged"
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]: options.add_argument(flag)
-    options.set_capability('goog:loggingPrefs', {'browser': 'ALL', 'performance': 'ALL'})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    driver.set_script_timeout(30)
-    yield driver
-    driver.quit()
-
-
-def show(browser, address, width, scheme):
-    "Open a page and wait until it has settled"
-    browser.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', dict(
-        width=width, height=900, deviceScaleFactor=1, mobile=width < 500))
-    browser.execute_cdp_cmd('Emulation.setEmulatedMedia', dict(
-        features=[dict(name='prefers-color-scheme', value=scheme)]))
-    for log in ('browser', 'performance'): browser.get_log(log)
-    browser.get(address)
-    browser.execute_async_script(
-        'const done = arguments[0]; const go = () => setTimeout(done, 100);'
-        'document.readyState == "complete" ? go() : addEventListener("load", go)')
-
-
-def requests(browser):
-    "What a page asked for, from the performance log: addresses, and those that failed"
-    asked, failed = {}, []
-    for entry in browser.get_log('performance'):
-        message = json.loads(entry['message'])['message']
-        p = message['params']
-        if message['method'] == 'Network.requestWillBeSent': asked[p['requestId']] = p['request']['url']
-        if message['method'] == 'Network.responseReceived' and p['response']['status'] >= 400:
-            failed.append(p['response']['url'])
-        if message['method'] == 'Network.loadingFailed' and not p.get('canceled'):
-            failed.append(asked.get(p['requestId']))
-    return [a for a in asked.values() if not a.startswith(('data:', 'blob:'))], failed
+pytestmark = NEEDS_BROWSER
 
 
 WIDER = """return [...document.querySelectorAll('body *')].filter(e => {
