@@ -214,7 +214,7 @@ function netCard({nets, data}, changed) {
   const rates = nets.map(n => el('label', {},
     radio('live-lr', {}, {checked: n == of, onchange: () => { of = n; pick() }}), n.lr))
   pick()
-  return card('The net', el('p', {}, `Trained on ${data}.`),
+  return card('The net', el('p', {}, `Trained on ${data}. Curves: training dashed, test solid.`),
     el('fieldset', {class: 'live-rates'}, el('legend', {}, 'Learning rate'), ...rates),
     el('div', {class: 'live-epoch'}, 'After ', said, ...last ? [slider,
       el('div', {}, ...of.epochs.map(e => el('span', {}, e)))] : []), trouble, charts)
