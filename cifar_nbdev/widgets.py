@@ -57,7 +57,7 @@ def _draw_group(ax, lr, group, metric):
     ax.plot(epochs, test.mean(0), color=color, label=f'lr {lr:g}')
     ax.fill_between(epochs, test.min(0), test.max(0), color=color, alpha=.2, lw=0)
 
-# %% ../nbs/04c_widgets.ipynb #215f2ead
+# %% ../nbs/04c_widgets.ipynb #daeba311
 def draw_runs(
     runs: list,  # Runs on the same data, of as many epochs
     metric: str = 'loss',  # 'loss' or 'acc'
@@ -71,12 +71,12 @@ def draw_runs(
         if epoch: ax.axvline(epoch, color='black', lw=1)
         ax.plot([], [], '--', color='#56616c', label='training')
         ax.set(xlabel='epoch', ylabel={'loss': 'loss (cross-entropy)', 'acc': 'accuracy (%)'}[metric])
-        ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
+        ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         ax.legend(loc='center left', bbox_to_anchor=(1, .5))
         fig.suptitle(data_label(name), fontsize=10, parse_math=False)
     return fig
 
-# %% ../nbs/04c_widgets.ipynb #98a65dc1
+# %% ../nbs/04c_widgets.ipynb #5ae96f23
 def epoch_table(
     runs: list,  # Runs on the same data
     epoch: int,  # From 1
@@ -90,7 +90,8 @@ def epoch_table(
         rows[f'{lr:g}'] = [v.mean() for v in after.values()] + [acc.min(), acc.max(), len(group)]
     columns = ['training loss', 'test loss', 'training accuracy', 'test accuracy', 'lowest', 'highest',
                'seeds']
-    table = pd.DataFrame(rows, columns).T.rename_axis('lr')
+    label = f"accuracy in %, {data_label(shared(runs, 'data', 'name'))}"
+    table = pd.DataFrame(rows, columns).T.rename_axis('lr').rename_axis(columns=label)
     return table.astype({'seeds': int}).round(dict(zip(columns, (3, 3, 2, 2, 2, 2))))
 
 # %% ../nbs/04c_widgets.ipynb #c2868b26
@@ -128,7 +129,7 @@ def cell_images(
     i = i[p[i, predicted].argsort(descending=True)]
     return pd.DataFrame(dict(predicted=p[i, predicted], true=p[i, true]), pd.Index(i.tolist(), name='image'))
 
-# %% ../nbs/04c_widgets.ipynb #d7c0e7ac
+# %% ../nbs/04c_widgets.ipynb #4e2b79fc
 #| code-fold: true
 def draw_cell(
     data: ImageData,  # Its test images are shown
