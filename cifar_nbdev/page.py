@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['markdown', 'write_report', 'check_folder', 'reproduce']
 
-# %% ../nbs/16_page.ipynb #52aca378
+# %% ../nbs/16_page.ipynb #cb47a72b
 import base64, io, sys, time, warnings
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from . import __version__
 from .data import ImageData, is_cifar10, load_data
 from .files import atomic_write, document, pick_device
 from .live import clear_live, write_live
+from .machine import compile_seconds
 from .model import ImageClassifier
 from .report import (FIGURES, accuracy_table, by_lr, claims, curves, data_label, figure_style,
                                 shared)
@@ -214,14 +215,16 @@ def check_folder(
         raise OSError(f'cannot write to the output folder {folder}: {e.strerror}. '
                       'Choose another with out (--out)') from None
 
-# %% ../nbs/16_page.ipynb #a9ab88bf
+# %% ../nbs/16_page.ipynb #db8335bb
 def _announce(data, configs, model, device):
-    "One line on standard error: data, number of runs, epochs, step"
+    "One line on standard error: data, number of runs, epochs, step, and whether that had to be compiled"
+    known = dict(compile_seconds)
     with torch.random.fork_rng(devices=[]):             # the user's function may draw from the global one
         net = new_model(data, configs[0]) if model is None else own_model(model, data, configs[0].seed)
     step, n, epochs = pick_step(net, pick_device(device)).__name__, len(configs), configs[0].epochs
-    print(f'{data_label(data.name)}: {n} run{"s" * (n > 1)} of {epochs} epoch{"s" * (epochs > 1)} by {step}',
-          file=sys.stderr, flush=True)
+    seconds = sum(s for name, s in compile_seconds.items() if name not in known)
+    print(f'{data_label(data.name)}: {n} run{"s" * (n > 1)} of {epochs} epoch{"s" * (epochs > 1)} by {step}'
+          + (f', compiled in {seconds:.0f} s' if seconds else ''), file=sys.stderr, flush=True)
 
 def _time(seconds): return f'{seconds:.0f} s' if seconds < 120 else f'{seconds/60:.1f} min'
 

@@ -1,5 +1,6 @@
-"""What a good run of `cifar_report` writes and says, and that a bad one says why and destroys nothing"""
+"""What the commands write and say when all is well, and that a bad call says why and destroys nothing"""
 import base64, dataclasses, io, json, os, re, shutil, signal, subprocess, sys, time
+from contextlib import suppress
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -8,14 +9,15 @@ import pandas as pd
 import pytest
 import torch
 
-from cifar_nbdev.commands import cifar_report
+from cifar_nbdev import __version__
+from cifar_nbdev.commands import ABOUT, cifar_predict, cifar_report, cifar_runs
 from cifar_nbdev.data import dataloaders, load_data, shapes10
 from cifar_nbdev.files import pick_device, progress_bar
 from cifar_nbdev.model import ImageClassifier
 from cifar_nbdev.page import reproduce, write_report
 from cifar_nbdev.readings import READINGS
 from cifar_nbdev.report import REPORT
-from cifar_nbdev.runs import load_runs, load_weights, save_weights, weights_sha256
+from cifar_nbdev.runs import load_runs, load_weights, save_run, save_weights, weights_sha256
 from cifar_nbdev.sources import DataError
 from cifar_nbdev.sweep import sweep
 from cifar_nbdev.train import evaluate, fit
@@ -24,9 +26,10 @@ from conftest import COMMAND, arrays, clean_env, hashes, python, save_npz
 NAME = 'shapes10 (synthetic)'
 
 
-def command(*args, cwd):
-    "Run the installed command in a process of its own, its output into pipes"
-    return subprocess.run([COMMAND, *map(str, args)], cwd=cwd, env=clean_env(PYTHONIOENCODING='utf-8'),
+def command(*args, cwd, name='cifar_report'):
+    "Run an installed command in a process of its own, its output into pipes"
+    file = COMMAND.with_name(COMMAND.name.replace('cifar_report', name))
+    return subprocess.run([file, *map(str, args)], cwd=cwd, env=clean_env(PYTHONIOENCODING='utf-8'),
                           capture_output=True, text=True, encoding='utf-8')
 
 
@@ -69,8 +72,14 @@ def test_a_good_run_writes_everything(good):
 
 def test_it_prints_the_table_and_then_the_path(good):
     folder, said = good
-    assert said.stdout.startswith((folder/'report'/'table.md').read_text(encoding='utf-8'))
-    assert said.stdout.splitlines()[-1].endswith(str(Path('report', 'index.html')))
+    title, *lines = (folder/'report'/'table.md').read_text(encoding='utf-8').splitlines()
+    table = [line for line in said.stdout.splitlines() if line.startswith('|')]
+    cells = [[c.strip() for c in line.split('|')] for line in (*table, *lines) if line.startswith('|')]
+    assert said.stdout.startswith(title) and len(table) == 5 and max(map(len, table)) <= 80
+    assert all(set(shown) <= set(stored) for shown, stored in zip(cells[:5], cells[5:]))
+    assert {'lr', 'ours'} <= set(cells[0])
+    address = said.stdout.splitlines()[-1].removeprefix('The report: ')
+    assert address == (folder/'report'/'index.html').resolve().as_uri()
 
 
 def test_lines_and_no_bar_where_nobody_watches(good):
@@ -85,6 +94,51 @@ def test_a_bar_where_somebody_watches(monkeypatch, capsys):
         monkeypatch.setattr(sys.stderr, 'isatty', lambda: watched, raising=False)
         with progress_bar(total=3, desc='here') as bar: bar.update(3)
         assert ('here: 100%' in capsys.readouterr().err) == watched
+
+
+def test_quiet_says_nothing_but_the_result(good, tmp_path):
+    shutil.copy(good[0]/'small.npz', tmp_path)
+    args = '--data small.npz --epochs 1 --device cpu --workers 1 --lrs 0.01'.split()
+    said = command(*args, '--quiet', cwd=tmp_path)
+    assert (said.returncode, said.stderr) == (0, '') and 'The report: file://' in said.stdout
+    said = command(*args, '--quiet', '--epochs', '0', cwd=tmp_path)
+    assert said.returncode == 2 and said.stderr.startswith('cifar_report: epochs is 0')
+    said = command(*args, '--quiet', '--verbose', cwd=tmp_path)
+    assert said.returncode == 2 and 'not allowed with' in said.stderr
+
+
+def test_verbose_says_every_epoch(good, tmp_path):
+    shutil.copy(good[0]/'small.npz', tmp_path)
+    args = '--data small.npz --epochs 3 --device cpu --workers 1 --lrs 0.01 0.02 --verbose'.split()
+    said = command(*args, cwd=tmp_path)
+    assert said.returncode == 0
+    lines = [line for line in said.stderr.splitlines() if 'Numba' not in line][1:]
+    assert len(lines) == 2 * (1 + 3)
+    for r in load_runs(tmp_path/'report'/'runs'):
+        i = next(i for i, line in enumerate(lines) if f"lr{r['config']['lr']:g}-" in line)
+        for line, e in zip(lines[i + 1:i + 4], r['epochs']):
+            assert line.startswith(f"  epoch {e['epoch']:>3}: loss {e['train_loss']:.4f}")
+            assert line.endswith(f"test accuracy {e['test_acc']:.2%}")
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='a terminal by pty')
+def test_in_a_terminal_there_is_a_bar_and_verbose_lines_above_it(good, tmp_path):
+    import fcntl, pty, struct, termios
+    shutil.copy(good[0]/'small.npz', tmp_path)
+    args = '--data small.npz --epochs 2 --device cpu --workers 1 --lrs 0.01 --verbose'.split()
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 40, 100, 0, 0))
+    process = subprocess.Popen([COMMAND, *args], cwd=tmp_path, env=clean_env(TERM='xterm'),
+                               stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    text = b''
+    with suppress(OSError):                             # at its end
+        while part := os.read(ours, 1000): text += part
+    os.close(ours)
+    text = text.decode()
+    assert process.wait() == 0, text
+    assert 'sweep: 100%' in text and text.count('  epoch ') == 2 and 'Traceback' not in text
+    assert re.search(r'\r *\rgate-lr0.01-seed0-[0-9a-f]{8}: test accuracy', text)
 
 
 def test_the_page_needs_nothing_else(good):
@@ -195,7 +249,7 @@ def test_it_can_print_to_a_terminal_that_knows_ascii_only(good, monkeypatch):
 def test_help_and_version_are_quick_and_import_nothing_heavy(tmp_path):
     code = """import sys
 from cifar_nbdev.commands import *
-for command in (cifar_report, cifar_bench, cifar_results):
+for command in (cifar_report, cifar_predict, cifar_runs, cifar_bench, cifar_results, overview):
     for option in ('--help', '--version', '--no-such-option'):
         try: command([option])
         except SystemExit: pass
@@ -208,6 +262,32 @@ print({'torch', 'numpy', 'pandas', 'matplotlib', 'jinja2', 'scipy', 'numba'} & s
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 1
     assert 'default: 0.005 0.01 0.0001' in said.stdout and 'default: report' in said.stdout
+
+
+@pytest.mark.parametrize('name', ABOUT)
+def test_help_has_examples_that_the_command_understands(name, monkeypatch, capsys):
+    import cifar_nbdev.commands as commands
+    with pytest.raises(SystemExit) as e: getattr(commands, name)(['--help'])
+    examples = capsys.readouterr().out.partition('examples:\n')[2].splitlines()
+    assert e.value.code == 0 and len(examples) > 1 and all(line.startswith(f'  {name}') for line in examples)
+    assert max(map(len, examples)) <= 80
+    class Understood(Exception): "The arguments are parsed"
+    def work(*_): raise Understood
+    monkeypatch.setattr(commands, 'one_line_errors', work)
+    for line in examples:
+        args = line.split('>')[0].split()[1:]
+        with pytest.raises(Understood): getattr(commands, name)(args)
+
+
+def test_python_m_says_what_there_is(tmp_path):
+    said = subprocess.run([sys.executable, '-m', 'cifar_nbdev'], cwd=tmp_path, env=clean_env(),
+                          capture_output=True, text=True)
+    assert (said.returncode, said.stderr) == (0, '') and said.stdout.startswith(f'cifar_nbdev {__version__}')
+    assert all(re.search(f'^{name} +[A-Z]', said.stdout, re.M) for name in ABOUT) and 'https://' in said.stdout
+    assert max(map(len, said.stdout.splitlines())) <= 92
+    said = subprocess.run([sys.executable, '-m', 'cifar_nbdev', 'report'], cwd=tmp_path, env=clean_env(),
+                          capture_output=True, text=True)
+    assert said.returncode == 2 and said.stderr.startswith('python -m cifar_nbdev: unrecognized arguments')
 
 
 @pytest.mark.parametrize('words', ['--seeds 0 1 2', '--seeds 0,1,2', '--seeds 0, 1,2', '--seeds=0,1,2'])
@@ -404,6 +484,144 @@ def test_a_damaged_run_is_named(good, capfd, monkeypatch, tmp_path):
     run.write_bytes(run.read_bytes()[:100])
     monkeypatch.chdir(tmp_path/'copy')
     assert run.name in refused((tmp_path/'copy', None), capfd)
+
+
+# Photographs
+
+@pytest.fixture(scope='module')
+def photos(good, tmp_path_factory):
+    "A folder with images, and files that are none"
+    from PIL import Image
+    folder = tmp_path_factory.mktemp('photos')
+    for name in ('a.png', 'b.jpg', 'caf\u00e9 1.webp'): Image.new('RGB', (50, 40), 'teal').save(folder/name)
+    (folder/'empty.jpg').write_bytes(b'')
+    (folder/'notes.jpg').write_text('no image')
+    (folder/'folder.jpg').mkdir()
+    Image.new('1', (20_000, 10_000)).save(folder/'bomb.png')
+    shutil.copy(next((good[0]/'report'/'runs').glob('*.safetensors')), folder/'net.safetensors')
+    return folder
+
+BAD_PHOTOS = ['empty.jpg', 'notes.jpg', 'folder.jpg', 'bomb.png', 'none.png']
+
+
+def test_photos(photos):
+    said = command('a.png', 'b.jpg', '--weights', 'net.safetensors', cwd=photos, name='cifar_predict')
+    assert (said.returncode, said.stderr) == (0, '')
+    lines = said.stdout.splitlines()
+    assert lines[0] == 'a.png: centre 40x40 of 50x40, averaged to 32x32' and len(lines) == 8
+    said = [re.fullmatch(r' +([\d.]+)%  class \d', line)[1] for line in lines[1:4]]       # small.npz has no names
+    assert sorted(map(float, said), reverse=True) == [*map(float, said)]
+
+
+def test_photos_as_json(photos, capsys, monkeypatch):
+    monkeypatch.chdir(photos)
+    cifar_predict('a.png b.jpg --weights net.safetensors --json --top 10'.split())
+    out, err = capsys.readouterr()
+    a, b = json.loads(out)
+    assert a['file'] == 'a.png' and b['prepared'] == 'centre 40x40 of 50x40, averaged to 32x32' and err == ''
+    assert sum(c['probability'] for c in a['classes']) == pytest.approx(1) and len(a['classes']) == 10
+
+
+def test_what_is_no_photo_gets_a_line_and_the_others_are_done(photos, capsys, monkeypatch):
+    monkeypatch.chdir(photos)
+    with pytest.raises(SystemExit) as e:
+        cifar_predict([*BAD_PHOTOS[:2], 'a.png', *BAD_PHOTOS[2:], 'b.jpg', '--weights', 'net.safetensors'])
+    out, err = capsys.readouterr()
+    names, lines = [line.split(':')[0] for line in out.splitlines() if line[0] != ' '], err.splitlines()
+    assert e.value.code == 1 and names == ['a.png', 'b.jpg'] and len(lines) == len(BAD_PHOTOS)
+    assert all(line.startswith(f'cifar_predict: {name}') for line, name in zip(lines, BAD_PHOTOS))
+
+
+@pytest.mark.parametrize('args, said', [
+    (BAD_PHOTOS, 'empty.jpg'), (['a.png', '--weights', 'none'], 'none: no such file'),
+    (['a.png', '--weights', 'a.png'], 'not a whole .safetensors'), (['a.png', '--top', '0'], '--top is 0'),
+    (['a.png', '--top', 'x'], '--top'), ([], 'IMAGE'), (['a.png', '--weights'], '--weights')])
+def test_nothing_to_say_about_photos_is_status_2(photos, capsys, monkeypatch, args, said):
+    monkeypatch.chdir(photos)
+    with pytest.raises(SystemExit) as e:
+        cifar_predict([*args, *([] if '--weights' in args else ['--weights', 'net.safetensors'])])
+    out, err = capsys.readouterr()
+    assert e.value.code == 2 and out == '' and said in err and err.startswith('cifar_predict: ')
+    assert len(err.splitlines()) == (5 if args is BAD_PHOTOS else 1)
+
+
+def test_a_net_of_ones_own_is_not_guessed(small, photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(photos)
+    sweep(small, (.01,), model=tiny_net, epochs=1, out=tmp_path, device='cpu', workers=1, progress=False)
+    with pytest.raises(SystemExit) as e:
+        cifar_predict(['a.png', '--weights', str(next(tmp_path.glob('*.safetensors')))])
+    assert e.value.code == 2 and 'load_weights' in capsys.readouterr().err
+
+
+def test_odd_names_do_nothing_to_a_terminal(photos, capsys, monkeypatch):
+    monkeypatch.chdir(photos)
+    shutil.copy('a.png', 'red\x1b[31m.png')
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(io.BytesIO(), encoding='ascii'))
+    with pytest.raises(SystemExit):
+        cifar_predict(['caf\u00e9 1.webp', 'red\x1b[31m.png', 'gone\x1b[31m.png', '--weights', 'net.safetensors'])
+    sys.stdout.flush()
+    out, err = sys.stdout.buffer.getvalue(), capsys.readouterr().err
+    assert b'caf? 1.webp: ' in out and b'red?[31m.png: ' in out and 'gone?[31m.png' in err and '\x1b' not in err
+
+
+# Which runs are there?
+
+def test_runs_say_once_what_they_share(good, capsys, monkeypatch):
+    monkeypatch.chdir(good[0])
+    runs = load_runs('report/runs')
+    cifar_runs(['report'])
+    out = capsys.readouterr().out
+    common, table = out.split('\n\n')
+    assert common.startswith(f'{len(runs)} runs with ') and 'momentum 0.9' in common and NAME in ' '.join(common.split())
+    head, *rows = table.splitlines()
+    assert head.split() == 'run lr train acc test acc best at epoch seconds'.split() and len(rows) == len(runs)
+    assert max(map(len, out.splitlines())) <= 80
+    for row, r in zip(rows, runs):
+        assert f"{100 * r['epochs'][-1]['test_acc']:.2f}" in row and f"{r['config']['lr']:g}" in row
+
+
+def test_runs_for_other_programs(good, capsys, monkeypatch):
+    monkeypatch.chdir(good[0])
+    cifar_runs(['report', '--format', 'csv'])
+    csv = pd.read_csv(io.StringIO(capsys.readouterr().out))
+    cifar_runs(['report', 'report/runs', '--format', 'json'])               # of two names the first
+    rows = json.loads(capsys.readouterr().out)
+    runs = load_runs('report/runs')
+    assert csv['lr'].tolist() == [r['lr'] for r in rows] == [r['config']['lr'] for r in runs]
+    assert [r['test acc'] for r in rows] == pytest.approx([100 * r['epochs'][-1]['test_acc'] for r in runs])
+    assert {r['data'] for r in rows} == {NAME} and {r['folder'] for r in rows} == {str(Path('report', 'runs'))}
+    assert set(rows[0]) == set(csv)
+
+
+def test_damaged_runs_get_a_line_and_the_rest_is_shown(good, capsys, monkeypatch, tmp_path):
+    shutil.copytree(good[0]/'report', tmp_path/'report')
+    monkeypatch.chdir(tmp_path)
+    a, b, _, *more = sorted(Path('report/runs').glob('*.json'))
+    for file in more: file.unlink()                     # another test's
+    a.write_bytes(a.read_bytes()[:50])
+    b.write_text('[]')
+    with pytest.raises(SystemExit) as e: cifar_runs(['report', 'none'])
+    out, err = capsys.readouterr()
+    assert e.value.code == 1 and out.startswith('1 run with') and len(err.splitlines()) == 3
+    assert a.name in err and b.name in err and 'none: no runs in it' in err
+    with pytest.raises(SystemExit) as e: cifar_runs(['none', str(a)])
+    out, err = capsys.readouterr()
+    assert e.value.code == 2 and out == '' and len(err.splitlines()) == 2
+
+
+def test_a_run_that_lies_does_nothing_to_a_terminal(good, capsys, tmp_path):
+    run = load_runs(good[0]/'report'/'runs')[0]
+    run['data']['name'] = 'red\x1b[31m\nnext'
+    save_run(run, tmp_path)
+    cifar_runs([str(tmp_path)])
+    assert 'red?[31m?next' in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='POSIX pipes')
+def test_a_reader_who_has_had_enough_is_no_error(good):
+    said = subprocess.run(f'{COMMAND.with_name("cifar_runs")} report --format json | head -c 1', shell=True,
+                          cwd=good[0], env=clean_env(), capture_output=True, text=True)
+    assert (said.stdout, said.stderr) == ('[', '')
 
 
 # The library's side: typed exceptions

@@ -25,11 +25,13 @@ HOUSE = dict(                                           # notebooks by their mod
     data='00', model='01', train='02', report='03',
     explore='04', live='04b', widgets='04c', readings='05', changes='06', speed='07', peers='07b',
     callbacks='08', predict='09',
-    files='10', sources='11', machine='11b', download='11c', compiled='12', captured='13', checkpoint='13b', runs='14', fingerprint='14b', sweep='15', page='16', results='16b',
+    files='10', sources='11', machine='11b', download='11c', compiled='12', captured='13', checkpoint='13b', runs='14', fingerprint='14b', compare='14c', sweep='15', page='16', results='16b', terminal='16c',
     commands='17')
 GUIDE = (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8')
 LAYERS = re.findall(r'\w+', re.search(r'before it:\n([\w, ]+)\.', GUIDE)[1])      # lowest first
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
+OTHERS = {'index', '17b_main'}                           # without a module that is imported
+LIGHT = {'terminal', 'commands'}                        # import nothing heavy, so no `document` either
 EXTRAS = ['dev', 'doc', 'cluster', 'export', 'peers']
 PROTOCOL = {'forward', 'new_head', 'new_gate', 'before_fit', 'after_batch', 'after_epoch', 'after_fit'}     # said by the class
 PEERS = {'lightning', 'skorch', 'keras', 'distributed', 'dask', 'onnx', 'onnxscript'}                     # in extras of their own
@@ -71,7 +73,7 @@ def exported(path):
 
 def test_every_module_comes_from_its_notebook():
     assert {p.stem for p in (ROOT/'cifar_nbdev').glob('[!_]*.py')} == set(HOUSE) == set(LAYERS)
-    assert {p.stem for p in NOTEBOOKS} == {'index', *(f'{n}_{module}' for module, n in HOUSE.items())}
+    assert {p.stem for p in NOTEBOOKS} == OTHERS | {f'{n}_{module}' for module, n in HOUSE.items()}
 
 
 @pytest.mark.parametrize('module', HOUSE)
@@ -82,8 +84,7 @@ def test_a_notebook_has_the_form_of_the_others(module):
     assert re.search(r'^title: .+$', front, re.M) and re.search(r'^description: .+$', front, re.M)
     assert re.match(r'# .+\n\n> .+', cells(path, 'markdown')[0])
     assert f'#| default_exp {module}' in code
-    if module != 'commands':                            # imports nothing heavy, so no `document` either
-        assert exported(path)[-1] == '#| export\ndocument(__name__)'
+    if module not in LIGHT: assert exported(path)[-1] == '#| export\ndocument(__name__)'
     assert code[-1].startswith('#| hide\n') and code[-1].endswith('nbdev.nbdev_export()')
 
 
@@ -187,7 +188,7 @@ def test_every_parameter_has_a_comment_that_help_shows(module):
         notes = {k: v for k, v in docments(f).items() if k in named}
         assert not [k for k, v in notes.items() if not v], name
         said = ' '.join((f.__doc__ or '').split())
-        if module != 'commands': assert not [k for k, v in notes.items() if ' '.join(v.split()) not in said], name
+        if module not in LIGHT: assert not [k for k, v in notes.items() if ' '.join(v.split()) not in said], name
 
 
 def test_help_shows_the_parameters():
