@@ -30,7 +30,7 @@ HOUSE = dict(                                           # notebooks by their mod
 GUIDE = (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8')
 LAYERS = re.findall(r'\w+', re.search(r'before it:\n([\w, ]+)\.', GUIDE)[1])      # lowest first
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
-OTHERS = {'index', '17b_main'}                           # without a module that is imported
+OTHERS = {'index', '09b_own', '17b_main'}                # without a module that is imported
 LIGHT = {'terminal', 'commands'}                        # import nothing heavy, so no `document` either
 EXTRAS = ['dev', 'doc', 'cluster', 'export', 'peers']
 PROTOCOL = {'forward', 'new_head', 'new_gate', 'before_fit', 'after_batch', 'after_epoch', 'after_fit'}     # said by the class
