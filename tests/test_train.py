@@ -30,7 +30,7 @@ def weights(model): return torch.cat([p.detach().flatten() for p in model.parame
 def trained(data, epochs=2, model=None, **kwargs):
     "Weights after a few epochs"
     model = model or ImageClassifier(seed=0)
-    fit(model, kwargs.pop('dls', None) or dataloaders(data), epochs, .05, **kwargs)
+    fit(model, kwargs.pop('dls', None) or dataloaders(data), epochs, kwargs.pop('lr', .05), **kwargs)
     return weights(model)
 
 
@@ -240,7 +240,8 @@ OTHERS = {
     'test sha256': lambda d: dict(dls=dataloaders(replace(d, y_test=d.y_test.flip(0)))),
     'batch_size 128': lambda d: dict(dls=dataloaders(d, bs=64)), 'seed 0': lambda d: dict(dls=dataloaders(d, seed=9)),
     'model': lambda d: dict(model=READINGS['mix-first'](seed=0)), 'step': lambda d: dict(step=compiled_step),
-    'schedule': lambda d: dict(schedule=cosine), 'momentum': lambda d: dict(momentum=.8)}
+    'schedule': lambda d: dict(schedule=cosine), 'momentum': lambda d: dict(momentum=.8),
+    'lr 0.05': lambda d: dict(lr=.04), 'weight_decay': lambda d: dict(weight_decay=0)}
 
 @pytest.mark.parametrize('what', OTHERS)
 def test_a_checkpoint_of_another_training_is_refused_and_named(small, tmp_path, what):
@@ -251,6 +252,12 @@ def test_a_checkpoint_of_another_training_is_refused_and_named(small, tmp_path, 
     with pytest.raises(ValueError, match=what) as e: trained(small, checkpoint=tmp_path/'c', **other)
     assert len(str(e.value).splitlines()) == 1
     assert torch.equal(weights(model), before) and (tmp_path/'c').read_bytes() == file
+
+
+def test_a_checkpoint_of_another_number_of_threads_is_refused(small, tmp_path, monkeypatch):
+    trained(small, 1, checkpoint=tmp_path/'c')
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 77)               # additions in another order
+    with pytest.raises(ValueError, match='threads .*now 77'): trained(small, checkpoint=tmp_path/'c')
 
 
 def test_a_damaged_checkpoint_is_refused(small, tmp_path):
