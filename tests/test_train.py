@@ -281,6 +281,39 @@ def test_what_is_no_checkpoint_is_refused(small, tmp_path, content):
     assert len(str(e.value).splitlines()) == 1
 
 
+def _repacked(path):
+    "The same files in an archive that compresses them: small on disk, as large as it likes in memory"
+    with zipfile.ZipFile(path) as z: content = {i: z.read(i) for i in z.namelist()}
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as z:
+        for name, data in content.items(): z.writestr(name, data)
+
+def _edited(path, edit):
+    state = torch.load(path, weights_only=True)
+    edit(state)
+    torch.save(state, path)
+
+MISFITS = {
+    'compressed': _repacked,
+    'momentum of another shape': lambda path: _edited(path, lambda s: s['optimizer']['state'][0].update(
+        momentum_buffer=torch.zeros(2, 2))),
+    'an epoch twice': lambda path: _edited(path, lambda s: s['epochs'].append(s['epochs'][0])),
+    'an accuracy of 7': lambda path: _edited(path, lambda s: s['epochs'][0].update(test_acc=7.)),
+    'weights of another shape': lambda path: _edited(path, lambda s: s['model'].update(
+        {'gate.bias': torch.zeros(5)})),
+    'no order': lambda path: _edited(path, lambda s: s.update(order=torch.zeros(3, dtype=torch.uint8)))}
+
+@pytest.mark.parametrize('misfit', MISFITS)
+def test_a_whole_checkpoint_with_misfits_is_refused_and_nothing_is_changed(small, tmp_path, misfit):
+    trained(small, 1, checkpoint=tmp_path/'c')
+    MISFITS[misfit](tmp_path/'c')
+    model, dls, chance = ImageClassifier(seed=5), dataloaders(small), torch.get_rng_state()
+    before, order = weights(model), dls.train.sampler.generator.get_state()
+    with pytest.raises(ValueError) as e: trained(small, model=model, dls=dls, checkpoint=tmp_path/'c')
+    assert len(str(e.value).splitlines()) == 1 and str(tmp_path/'c') in str(e.value)
+    assert torch.equal(weights(model), before) and torch.equal(torch.get_rng_state(), chance)
+    assert torch.equal(dls.train.sampler.generator.get_state(), order)
+
+
 def test_paths_may_begin_with_a_tilde(small, tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path)); monkeypatch.setenv('USERPROFILE', str(tmp_path))
     trained(small, 1, checkpoint='~/c.pt')
