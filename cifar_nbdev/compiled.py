@@ -292,12 +292,12 @@ def _check_batch(xb, yb, classes):                      # an error in one line i
     if not 0 <= yb.min() <= yb.max() < classes:
         raise IndexError(f'compiled_step: labels go from {yb.min()} to {yb.max()}, wanted 0 to {classes - 1}')
 
-# %% ../nbs/12_compiled.ipynb #a8670d59
+# %% ../nbs/12_compiled.ipynb #e6041c69
 def compiled_step(
     model: ImageClassifier,  # One for which `why_not` has nothing to say; else a `ValueError` says it
     opt: torch.optim.Optimizer,  # Of the model's parameters
     xb: torch.Tensor,  # Images (B, 3, 32, 32), float32 in [0, 1], on the CPU
-    yb: torch.Tensor,  # Labels (B,), int64; an `IndexError` if there is no such class
+    yb: torch.Tensor,  # Labels (B,), int64; an `IndexError` if there is no such class, for -100 too
 ) -> tuple:  # Mean cross-entropy, and logits (B, classes)
     "What `train_step` does, image by image; `fit(model, dls, step=compiled_step)`"
     if why := why_not(model): raise ValueError(f'compiled_step: {why}. Use step=train_step')
