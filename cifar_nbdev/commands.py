@@ -111,12 +111,12 @@ def cifar_predict(
         if 'json' in args: print(json.dumps(guesses, indent=1))
     if len(guesses) < len(args.images): p.exit(1 if guesses else 2)
 
-# %% ../nbs/17_commands.ipynb #2a902f6d
+# %% ../nbs/17_commands.ipynb #4d727a4a
 def _cell(column, value):
     "A value of the table of runs, as text"
     if value is None or value != value: return '-'
     if column in ('train acc', 'test acc', 'best'): return f'{value:.2f}'
-    if column == 'seconds': return f'{value:.0f}'
+    if column == 'seconds': return f'{value:.1f}'
     return f'{value:g}' if isinstance(value, float) else printable(value)
 
 # %% ../nbs/17_commands.ipynb #e2c4f321

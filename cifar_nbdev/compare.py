@@ -58,7 +58,7 @@ def runs_table(
     order = ['reading', 'init', 'lr', 'seed']
     return pd.DataFrame(rows).sort_values(order, kind='stable').set_index('run')
 
-# %% ../nbs/14c_compare.ipynb #55f71aa8
+# %% ../nbs/14c_compare.ipynb #20132b3c
 _MEASURED = 'train acc', 'test acc', 'best', 'at epoch', 'seconds'
 
 def split_common(
@@ -66,6 +66,7 @@ def split_common(
 ) -> tuple[pd.DataFrame, dict]:  # The table of what differs and of what was measured, and the rest by name
     "Take columns apart that have the same value in every row"
     if table.groupby('data')['sha256'].nunique().max() == 1: table = table.drop(columns='sha256')
+    if (table['epochs done'] == table['epochs']).all(): table = table.drop(columns='epochs done')
     same = [c for c in table if c not in _MEASURED and table[c].nunique(dropna=False) == 1]
     return table.drop(columns=same), {c: table[c].tolist()[0] for c in same}
 

@@ -32,16 +32,21 @@ def _tell(jitted, name, done):
         with suppress(OSError, ValueError): print(line, file=sys.stderr)
         return
 
-# %% ../nbs/11b_machine.ipynb #08ea3c1d
-compile_seconds = {}                                    # of what was compiled and not loaded, by name
+# %% ../nbs/11b_machine.ipynb #9c487ca3
+_seconds = []                                           # that each function took which was not loaded
 
+def compile_seconds() -> float:  # 0 if all was loaded
+    "How long this process has compiled so far"
+    return sum(_seconds)
+
+# %% ../nbs/11b_machine.ipynb #50b5ed42
 def _try(jitted, name, args):
     "Call a function for no images, so that it is compiled or loaded; after a second say that it takes long"
     start, done = time.perf_counter(), threading.Event()
     threading.Thread(target=_tell, args=(jitted, name, done), daemon=True).start()
     try: jitted(0, 0, 0, *args)
     finally: done.set()
-    if jitted.stats.cache_misses: compile_seconds[name] = time.perf_counter() - start
+    if jitted.stats.cache_misses: _seconds.append(time.perf_counter() - start)
 
 # %% ../nbs/11b_machine.ipynb #c383f9e6
 def _compile(f, args):

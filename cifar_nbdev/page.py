@@ -215,14 +215,14 @@ def check_folder(
         raise OSError(f'cannot write to the output folder {folder}: {e.strerror}. '
                       'Choose another with out (--out)') from None
 
-# %% ../nbs/16_page.ipynb #db8335bb
+# %% ../nbs/16_page.ipynb #b80197fd
 def _announce(data, configs, model, device):
     "One line on standard error: data, number of runs, epochs, step, and whether that had to be compiled"
-    known = dict(compile_seconds)
+    before = compile_seconds()
     with torch.random.fork_rng(devices=[]):             # the user's function may draw from the global one
         net = new_model(data, configs[0]) if model is None else own_model(model, data, configs[0].seed)
     step, n, epochs = pick_step(net, pick_device(device)).__name__, len(configs), configs[0].epochs
-    seconds = sum(s for name, s in compile_seconds.items() if name not in known)
+    seconds = compile_seconds() - before
     print(f'{data_label(data.name)}: {n} run{"s" * (n > 1)} of {epochs} epoch{"s" * (epochs > 1)} by {step}'
           + (f', compiled in {seconds:.0f} s' if seconds else ''), file=sys.stderr, flush=True)
 

@@ -75,7 +75,7 @@ def _from_array(array, axes):
 # %% ../nbs/09_predict.ipynb #14931c52
 FORMATS = 'JPEG', 'PNG', 'GIF', 'WEBP', 'BMP', 'TIFF', 'AVIF', 'PPM'
 
-# %% ../nbs/09_predict.ipynb #cbb09496
+# %% ../nbs/09_predict.ipynb #ba0198c8
 def _read(image, name):
     "An open file, or one of Pillow's images, as 32x32 pixels; a `ValueError` names it"
     Image.init()
@@ -85,11 +85,13 @@ def _read(image, name):
             warnings.simplefilter('ignore')
             warnings.simplefilter('error', Image.DecompressionBombWarning)
             return _to_32(image if isinstance(image, Image.Image) else Image.open(image, formats=known))
-    except UnidentifiedImageError as e: why = e, 'none of these kinds'
+    except UnidentifiedImageError as e:
+        raise ValueError(f'{name} is not an image that is known. Wanted {", ".join(FORMATS)}') from e
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-        why = e, f'more than {Image.MAX_IMAGE_PIXELS:,} pixels'
-    except Exception as e: why = e, ' '.join(str(e).split())[:80] or type(e).__name__       # of many types
-    raise ValueError(f'{name} cannot be read as an image: {why[1]}. Wanted {", ".join(FORMATS)}') from why[0]
+        raise ValueError(f'{name} has more than {Image.MAX_IMAGE_PIXELS:,} pixels, wanted fewer') from e
+    except Exception as e:                              # Pillow's are of many types
+        why = ' '.join(str(e).split())[:80] or type(e).__name__
+        raise ValueError(f'{name} cannot be read ({why}). Wanted a whole image') from e
 
 # %% ../nbs/09_predict.ipynb #20c3daa8
 def _read_file(path):
@@ -195,11 +197,12 @@ def save_model(
     _check_about(about, path)
     save_weights(model, path, about)
 
-# %% ../nbs/09_predict.ipynb #419d91c1
+# %% ../nbs/09_predict.ipynb #f3c85b85
 def _header(path):
     "What a .safetensors file says of itself, and type and shape of each tensor; the tensors are not read"
     if not path.is_file():
-        raise FileNotFoundError(f'{path}: no such file. Wanted a net in a .safetensors file')
+        what = 'not a file' if path.exists() else 'no such file'
+        raise FileNotFoundError(f'{path}: {what}. Wanted a net in a .safetensors file')
     try:
         with safe_open(path, 'pt') as f:
             parts = {k: f.get_slice(k) for k in f.keys()}

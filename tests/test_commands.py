@@ -96,6 +96,16 @@ def test_a_bar_where_somebody_watches(monkeypatch, capsys):
         assert ('here: 100%' in capsys.readouterr().err) == watched
 
 
+def test_the_first_call_says_how_long_it_compiled(good, tmp_path):
+    shutil.copy(good[0]/'small.npz', tmp_path)
+    args = '--data small.npz --epochs 1 --device cpu --workers 1 --lrs 0.01'.split()
+    said = subprocess.run([COMMAND, *args], cwd=tmp_path, env=clean_env(NUMBA_CACHE_DIR=tmp_path/'numba'),
+                          capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    line, = (line for line in said.stderr.splitlines() if line.startswith(NAME))
+    assert re.fullmatch(r'.*: 1 run of 1 epoch by compiled_step, compiled in \d+ s', line)
+
+
 def test_quiet_says_nothing_but_the_result(good, tmp_path):
     shutil.copy(good[0]/'small.npz', tmp_path)
     args = '--data small.npz --epochs 1 --device cpu --workers 1 --lrs 0.01'.split()
