@@ -194,13 +194,13 @@ def _print_count(out):
     n, changes = (len(run_files(folder)) for folder in (out, out/'changes'))
     print(f'{n} runs are in {out}, {changes} of them in its folder changes')
 
-# %% ../nbs/17_commands.ipynb #b1ec15df
+# %% ../nbs/17_commands.ipynb #c0aab2dd
 def cifar_results(
     argv: list | None = None,  # Arguments; None: the command line's
 ):
     "The command `cifar_results`: all runs of the pages"
     p = Parser('cifar_results', ABOUT['cifar_results'], '--data cifar10 --out my-results',
-               '--data cifar10 --out nbs/results --verify')
+               '--data cifar10 --out nbs/results/cifar10 --verify')
     data_options(p, 'results')
     training_options(p)
     talk_options(p)
@@ -220,7 +220,7 @@ def cifar_results(
         make_results(data, out, **args)
     _print_count(out)
 
-# %% ../nbs/17_commands.ipynb #b4d5566b
+# %% ../nbs/17_commands.ipynb #1c8a8f69
 def overview(
     argv: list | None = None,  # Arguments; None: the command line's
 ):
@@ -230,4 +230,4 @@ def overview(
     print(f'cifar_nbdev {__version__}\n')
     for name, about in ABOUT.items(): print(f'{name:15} {about.partition(". ")[0].rstrip(".")}')
     print('\nEach has --help, with examples. In Python: from cifar_nbdev.train import fit, and help(fit).\n'
-          'The documentation is at https://cifar-nbdev.github.io/cifar_nbdev')
+          'The documentation will be at https://cifar-nbdev.github.io/cifar_nbdev')

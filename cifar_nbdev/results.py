@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KEPT', 'TOLERANCE', 'weights_file', 'keep_weights', 'make_results', 'verify', 'load_bench']
 
-# %% ../nbs/16b_results.ipynb #b9419b73
+# %% ../nbs/16b_results.ipynb #14703eb3
 import json, reprlib
 from pathlib import Path
 
@@ -70,7 +70,7 @@ def _make_changes(data, out, more):
         sweep(part, [lr], range(8), change=change if change in CHANGES else None, out=out, **more)
     final_test(data, out)
 
-# %% ../nbs/16b_results.ipynb #868d1e19
+# %% ../nbs/16b_results.ipynb #1e59758c
 #| code-fold: true
 def make_results(
     data: ImageData,  # What to train and test on
