@@ -223,7 +223,7 @@ def _tiles(maps):
     maps = F.pad(maps, (0, 2), value=float('nan'))
     return torch.cat(list(maps), 1)[:, :-2]
 
-# %% ../nbs/04c_widgets.ipynb #e1570c2b
+# %% ../nbs/04c_widgets.ipynb #1a563719
 #| code-fold: true
 def _draw_maps(axs, steps):
     "A row for each branch's responses, for each weighted branch, and for the sum"
@@ -231,7 +231,7 @@ def _draw_maps(axs, steps):
     rows = [(f'branch {i + 1}', steps['responses'][i]) for i in range(k)]
     rows += [(f'$a_{i + 1}$ × branch {i + 1}', steps['weighted'][i]) for i in range(k)]
     for n, (ax, (label, maps)) in enumerate(zip(axs, [*rows, ('sum', steps['total'])])):
-        scale = dict(cmap='RdBu_r', vmin=-most, vmax=most) if n >= k else dict(
+        scale = dict(cmap='RdBu', vmin=-most, vmax=most) if n >= k else dict(
             cmap='Greys', vmin=0, vmax=steps['responses'].max())
         ax.imshow(_tiles(maps), **scale)
         ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
