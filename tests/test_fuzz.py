@@ -164,6 +164,19 @@ def test_run_values(folder, run, change):
         assert r['data']['sha256'] == DATA.sha256
 
 
+def test_a_json_file_of_any_size_is_not_read(folder):
+    (folder/'long.json').write_bytes(b'[' + b' ' * 20_000_001)
+    reads(lambda: load_bench(folder/'long.json'), ValueError)
+    with pytest.raises(ValueError, match='20,000,002 bytes, wanted a JSON file of at most 20 MB'):
+        load_bench(folder/'long.json')
+
+
+def test_an_npz_member_is_as_long_as_its_header_says(folder, npz):
+    def bigger(content): return content.replace(b'(3, 32, 32, 3)', b'(9, 32, 32, 3)')
+    (folder/'bad.npz').write_bytes(inside_zip(npz, 0, bigger))
+    with pytest.raises(DataError, match='x_train is not as long as its shape says'): load_data(folder/'bad.npz')
+
+
 @fuzz
 @given(other_values())
 def test_bench_values(folder, change):

@@ -3,6 +3,7 @@ import math, threading, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -312,6 +313,20 @@ def test_a_whole_checkpoint_with_misfits_is_refused_and_nothing_is_changed(small
     assert len(str(e.value).splitlines()) == 1 and str(tmp_path/'c') in str(e.value)
     assert torch.equal(weights(model), before) and torch.equal(torch.get_rng_state(), chance)
     assert torch.equal(dls.train.sampler.generator.get_state(), order)
+
+
+class Bomb:
+    "A pickle that makes a file when it is loaded"
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return Path.touch, (self.path,)
+
+def test_nothing_in_a_checkpoint_is_run(small, tmp_path):
+    trained(small, 1, checkpoint=tmp_path/'c')
+    _edited(tmp_path/'c', lambda state: state.update(epochs=Bomb(tmp_path/'boom')))
+    with pytest.raises(ValueError, match='not a whole checkpoint'): trained(small, checkpoint=tmp_path/'c')
+    assert not (tmp_path/'boom').exists()
+    torch.load(tmp_path/'c', weights_only=False)
+    assert (tmp_path/'boom').exists()                   # it would have gone off
 
 
 def test_paths_may_begin_with_a_tilde(small, tmp_path, monkeypatch):
