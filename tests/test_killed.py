@@ -198,6 +198,14 @@ def test_half_a_file_never_has_the_final_name(small, tmp_path):
     assert load_runs(tmp_path) == [run]         # what the killed processes left behind is not taken for runs
 
 
+@pytest.mark.skipif(os.name == 'nt', reason='Windows replaces no file that is open')
+def test_who_reads_the_old_file_reads_it_whole(tmp_path):
+    (tmp_path/'a').write_text('old ' * 5000)
+    with open(tmp_path/'a') as old:
+        with atomic_write(tmp_path/'a') as tmp: tmp.write_text('new')
+        assert old.read() == 'old ' * 5000 and (tmp_path/'a').read_text() == 'new'
+
+
 @pytest.mark.parametrize('error', [ValueError, KeyboardInterrupt])
 def test_a_failed_write_leaves_what_was_there(tmp_path, error):
     (tmp_path/'file').write_text('old')
