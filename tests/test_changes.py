@@ -1,10 +1,12 @@
 """Choosing on a validation set, and what a change brings"""
+from dataclasses import replace
+
 import numpy as np
 import torch
 
 from cifar_nbdev.changes import choose, gains, validation_split, validation_table
 from cifar_nbdev.data import ImageData
-from cifar_nbdev.runs import run_name
+from cifar_nbdev.runs import Normalised, Settings, run_name, train_run
 
 
 def run(acc, lr=.01, seed=0, change=None):
@@ -54,3 +56,15 @@ def test_a_gain_is_counted_seed_by_seed():
     half = 4.302653 * 1 / 3**.5         # t with 2 degrees of freedom; differences 2, 3, 1 have sd 1
     np.testing.assert_allclose((row['gain from'], row['gain to']), (2 - half, 2 + half), rtol=1e-6)
     assert table.index.tolist() == ['none', 'four branches'] and np.isnan(table.loc['none', 'gain'])
+
+
+def test_a_constant_colour_is_normalised_to_zero(small):
+    x = small.x_train.clone()
+    x[:, 1] = 7
+    run, model = train_run(replace(small, x_train=x), Settings(epochs=1, change='normalised input'), device='cpu',
+                           progress=False)
+    assert np.isfinite([run['epochs'][0]['train_loss'], run['epochs'][0]['test_loss']]).all()
+    seen = []
+    Normalised(lambda x: seen.append(x), x)(x[:5].float() / 255)
+    assert (seen[0][:, 1].abs() < 1e-5).all() and abs(seen[0][:, 0].std() - 1) < .5
+    assert model.std[1] == 1
