@@ -96,33 +96,25 @@ def test_a_bar_where_somebody_watches(monkeypatch, capsys):
         assert ('here: 100%' in capsys.readouterr().err) == watched
 
 
-def test_the_first_call_says_how_long_it_compiled(good, tmp_path):
+def test_quiet_says_nothing_but_the_result(good, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(good[0])
+    args = '--data small.npz --epochs 1 --device cpu --workers 1 --lrs 0.01 --quiet --out'.split() + [str(tmp_path)]
+    cifar_report(args)
+    out, err = capfd.readouterr()
+    assert err == '' and 'The report: file://' in out
+    for more, said in (('--epochs 0', 'cifar_report: epochs is 0'), ('--verbose', 'not allowed with')):
+        with pytest.raises(SystemExit) as e: cifar_report([*args, *more.split()])
+        assert e.value.code == 2 and said in capfd.readouterr().err
+
+
+def test_verbose_says_every_epoch_and_the_first_call_how_long_it_compiled(good, tmp_path):
     shutil.copy(good[0]/'small.npz', tmp_path)
-    args = '--data small.npz --epochs 1 --device cpu --workers 1 --lrs 0.01'.split()
+    args = '--data small.npz --epochs 3 --device cpu --workers 1 --lrs 0.01 0.02 --verbose'.split()
     said = subprocess.run([COMMAND, *args], cwd=tmp_path, env=clean_env(NUMBA_CACHE_DIR=tmp_path/'numba'),
                           capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
-    line, = (line for line in said.stderr.splitlines() if line.startswith(NAME))
-    assert re.fullmatch(r'.*: 1 run of 1 epoch by compiled_step, compiled in \d+ s', line)
-
-
-def test_quiet_says_nothing_but_the_result(good, tmp_path):
-    shutil.copy(good[0]/'small.npz', tmp_path)
-    args = '--data small.npz --epochs 1 --device cpu --workers 1 --lrs 0.01'.split()
-    said = command(*args, '--quiet', cwd=tmp_path)
-    assert (said.returncode, said.stderr) == (0, '') and 'The report: file://' in said.stdout
-    said = command(*args, '--quiet', '--epochs', '0', cwd=tmp_path)
-    assert said.returncode == 2 and said.stderr.startswith('cifar_report: epochs is 0')
-    said = command(*args, '--quiet', '--verbose', cwd=tmp_path)
-    assert said.returncode == 2 and 'not allowed with' in said.stderr
-
-
-def test_verbose_says_every_epoch(good, tmp_path):
-    shutil.copy(good[0]/'small.npz', tmp_path)
-    args = '--data small.npz --epochs 3 --device cpu --workers 1 --lrs 0.01 0.02 --verbose'.split()
-    said = command(*args, cwd=tmp_path)
-    assert said.returncode == 0
-    lines = [line for line in said.stderr.splitlines() if 'Numba' not in line][1:]
+    first, *lines = [line for line in said.stderr.splitlines() if 'Numba compiles' not in line]
+    assert re.fullmatch(re.escape(NAME) + r'.*: 2 runs of 3 epochs by compiled_step, compiled in \d+ s', first)
     assert len(lines) == 2 * (1 + 3)
     for r in load_runs(tmp_path/'report'/'runs'):
         i = next(i for i, line in enumerate(lines) if f"lr{r['config']['lr']:g}-" in line)

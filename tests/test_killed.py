@@ -1,5 +1,6 @@
 """Processes killed in the middle: what they finished is kept, and going on gives bitwise the same weights"""
 import os, signal, subprocess, sys, time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -137,7 +138,7 @@ def test_a_killed_sweep_goes_on_to_the_same_weights(tmp_path):
         process.communicate()
     finished = {k: v for k, v in hashes(runs).items() if k.endswith('.json')}
     assert 1 <= len(finished) < 3
-    again = sweep(data, (.005, .01, .0001), epochs=6, device='cpu', workers=2, out=runs)
+    again = sweep(data, (.005, .01, .0001), epochs=6, device='cpu', out=runs, executor=ThreadPoolExecutor(1))
     assert {k: hashes(runs)[k] for k in finished} == finished                       # not done again
     assert [r['config']['lr'] for r in again] == [.005, .01, .0001]
     for run in again:
