@@ -671,7 +671,7 @@ def test_a_file_that_holds_no_weights_is_refused(tmp_path, content):
                          ids=['the command alone', 'Ctrl-C in a terminal'])
 def test_an_interrupt_keeps_what_is_finished(tmp_path, kill):
     save_npz(tmp_path/'data.npz', shapes10(1000, 100), name=NAME)
-    args = '--data data.npz --lrs 0.005 0.01 0.0001 0.001 --epochs 60 --device cpu --workers 1'.split()
+    args = '--data data.npz --lrs 0.005 0.01 0.0001 0.001 --epochs 20 --device cpu --workers 1'.split()
     process = subprocess.Popen([COMMAND, *args], cwd=tmp_path, env=clean_env(), start_new_session=True,
                                # a shell's background jobs ignore it
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
