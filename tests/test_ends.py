@@ -162,7 +162,7 @@ def test_a_refused_chmod_is_no_error(tmp_path, monkeypatch):
 
 
 FORK = """
-import os, sys, torch
+import os, signal, sys, torch
 from cifar_nbdev.data import dataloaders, shapes10
 from cifar_nbdev.model import ImageClassifier
 from cifar_nbdev.train import fit
@@ -172,6 +172,7 @@ torch.set_num_threads(2)
 train()
 sys.stdout.flush()
 if not os.fork():
+    signal.alarm(60)                                    # rather than hang
     try: train()
     except RuntimeError as e: print(e, flush=True)
     torch.set_num_threads(1)
