@@ -20,8 +20,8 @@ class Count:
         self.failed = n.get('failed', 0) + n.get('error', 0) + n.get('xpassed', 0)
 
 
-# begun first, so that at the end no process waits for the other
-LONG = [f'tests/test_{name}.py' for name in ('sweep', 'ends', 'commands', 'compiled', 'killed', 'fuzz')]
+# the longest first, so that at the end no process waits for another
+LONG = [f'tests/test_{name}.py' for name in 'commands ends fuzz sweep site killed compiled'.split()]
 
 
 def main():
