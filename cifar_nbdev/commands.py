@@ -194,13 +194,13 @@ def _print_count(out):
     n, changes = (len(run_files(folder)) for folder in (out, out/'changes'))
     print(f'{n} runs are in {out}, {changes} of them in its folder changes')
 
-# %% ../nbs/17_commands.ipynb #c0aab2dd
+# %% ../nbs/17_commands.ipynb #b1ec15df
 def cifar_results(
     argv: list | None = None,  # Arguments; None: the command line's
 ):
     "The command `cifar_results`: all runs of the pages"
     p = Parser('cifar_results', ABOUT['cifar_results'], '--data cifar10 --out my-results',
-               '--data cifar10 --out nbs/results/cifar10 --verify')
+               '--data cifar10 --out nbs/results --verify')
     data_options(p, 'results')
     training_options(p)
     talk_options(p)

@@ -16,8 +16,8 @@ from .files import atomic_write, document
 from .model import ImageClassifier
 from .report import by_lr, data_label, shared
 
-# %% ../nbs/04b_live.ipynb #6cd05eac
-RUNS = 'results/cifar10'                                # in nbs/: the runs whose nets the site has
+# %% ../nbs/04b_live.ipynb #17c7696d
+RUNS = 'results'                                        # in nbs/: the runs whose nets the site has
 
 # %% ../nbs/04b_live.ipynb #e5fced60
 def _base64(t, kind): return base64.b64encode(t.detach().cpu().numpy().astype(kind).tobytes()).decode()

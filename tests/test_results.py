@@ -11,10 +11,11 @@ import pytest
 
 from cifar_nbdev import results
 from cifar_nbdev.changes import choose, final_test, validation_split
-from cifar_nbdev.data import shapes10
+from cifar_nbdev.data import load_data, shapes10
 from cifar_nbdev.model import ImageClassifier
 from cifar_nbdev.results import keep_weights, make_results, verify, weights_file
 from cifar_nbdev.runs import Settings, load_runs, load_weights, run_name, save_run, weights_sha256
+from cifar_nbdev.sources import DataError
 from cifar_nbdev.sweep import sweep
 from conftest import ROOT, hashes
 
@@ -71,6 +72,13 @@ def checks(made): return verify(*made, **HERE)
 def test_what_is_stored_is_true(made):
     found = checks(made)
     assert set(found['verdict']) == {'the same bits'} and len(found) == 3 * 3          # training, epochs 1 and 2
+
+
+def test_the_stored_runs_are_true():
+    try: data = load_data('cifar10', download=False)
+    except DataError as e: pytest.skip(str(e))
+    found = verify(data, ROOT/'nbs'/'results', **HERE)
+    assert len(found) == 3 * 7 and not (found['verdict'] == 'DIFFERS').any(), found.to_string()
 
 
 @pytest.fixture
