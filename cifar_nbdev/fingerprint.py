@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['MODULES', 'fingerprint', 'differences', 'OtherCodeError']
 
-# %% ../nbs/14b_fingerprint.ipynb #f9397144
+# %% ../nbs/14b_fingerprint.ipynb #d20511a2
 import hashlib, inspect
 from importlib import import_module
 from types import FunctionType, ModuleType
 
 from torch.nn.modules import module as torch_module
 
-from .checkpoint import function_code
+from .content import function_code
 from .files import document
 
 # %% ../nbs/14b_fingerprint.ipynb #b578b4bc
@@ -58,9 +58,9 @@ def _from_torch(f):
             found |= {path: f for path, f in used.items() if _counts(m, f)}
     return found
 
-# %% ../nbs/14b_fingerprint.ipynb #4cf2d896
-MODULES = ('files', 'data', 'model', 'checkpoint', 'train', 'machine', 'compiled', 'captured', 'readings',
-           'runs', 'fingerprint', 'sweep')
+# %% ../nbs/14b_fingerprint.ipynb #6cc7cff0
+MODULES = ('files', 'data', 'model', 'content', 'checkpoint', 'train', 'machine', 'compiled', 'captured',
+           'readings', 'runs', 'fingerprint', 'sweep')
 
 def _members(module, name, v):
     "A function or a constant of a module by its whole name, or all that a class of it has"

@@ -6,7 +6,7 @@
 __all__ = ['CHANGES', 'Settings', 'Normalised', 'new_model', 'pick_step', 'environment', 'peak_memory', 'weights_sha256',
            'save_weights', 'load_weights', 'own_model', 'train_run', 'run_name', 'save_run', 'load_run', 'load_runs']
 
-# %% ../nbs/14_runs.ipynb #a05c9e18
+# %% ../nbs/14_runs.ipynb #3ac81d98
 import hashlib, json, platform, re, reprlib, subprocess, threading, time
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -20,7 +20,8 @@ from torch import nn
 
 from . import __version__
 from .captured import captured_step
-from .checkpoint import check_epochs, code_sha256, load_state
+from .checkpoint import check_epochs, check_state, load_state
+from .content import code_sha256
 from .compiled import available, compiled_step, why_not
 from .data import ImageData, dataloaders
 from .files import (atomic_write, check_settings, document, number, pick_device,
@@ -186,7 +187,7 @@ def load_weights(
     load_state(model, state, path)
     return model
 
-# %% ../nbs/14_runs.ipynb #a3d952a4
+# %% ../nbs/14_runs.ipynb #18830dc7
 _making = threading.Lock()                              # the global random state is one for all threads
 
 def own_model(
@@ -197,11 +198,9 @@ def own_model(
     "A net of your own, made without a trace in the global random state"
     with _making, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = model(data, seed)
-    if isinstance(net, nn.Module): return net
-    raise ValueError(f'model gives {type(net).__name__}, wanted an nn.Module from f(data, seed)')
+        return check_state(model(data, seed))
 
-# %% ../nbs/14_runs.ipynb #b39e3e6a
+# %% ../nbs/14_runs.ipynb #f3312ab0
 #| code-fold: true
 def train_run(
     data: ImageData,  # What to train and test on
@@ -217,8 +216,10 @@ def train_run(
     net = new_model(data, settings) if model is None else own_model(model, data, settings.seed)
     sha256 = code_sha256(net, weights=model is not None)
     s, step = settings, step or pick_step(net.to(device), device)
-    history = fit(net, dataloaders(data, s.bs, seed=s.seed), s.epochs, s.lr, s.momentum, s.weight_decay,
-                  device=device, step=step, schedule=CHANGES.get(s.change, {}).get('schedule'), **kwargs)
+    with torch.random.fork_rng([device] if device.type == 'cuda' else []):
+        torch.manual_seed(2**32 + s.seed)               # dropout's numbers shall not be those of the weights
+        history = fit(net, dataloaders(data, s.bs, seed=s.seed), s.epochs, s.lr, s.momentum, s.weight_decay,
+                      device=device, step=step, schedule=CHANGES.get(s.change, {}).get('schedule'), **kwargs)
     if history.interrupted: raise KeyboardInterrupt
     seconds = time.perf_counter() - start + sum(e['seconds'] for e in history.epochs[:history.resumed])
     about = dict(name=data.name, sha256=data.sha256, n_train=len(data.x_train), n_test=len(data.x_test))

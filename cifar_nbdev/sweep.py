@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SweepError', 'SweepInterrupt', 'check_sweep', 'sweep']
 
-# %% ../nbs/15_sweep.ipynb #36c1fef9
+# %% ../nbs/15_sweep.ipynb #1954ee98
 import copyreg, hashlib, multiprocessing as mp, os, signal, threading, time
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -21,7 +21,7 @@ from torch import nn
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
-from .checkpoint import code_sha256
+from .content import code_sha256
 from .data import ImageData
 from .files import document, pick_device, progress_bar, scratch_folder
 from .fingerprint import OtherCodeError, differences, fingerprint

@@ -101,7 +101,7 @@ class History:
                 f"train loss {last['train_loss']:.3f}, train accuracy {last['train_acc']:.1%}, "
                 f"test accuracy {last['test_acc']:.1%}")
 
-# %% ../nbs/02_train.ipynb #ececb6a9
+# %% ../nbs/02_train.ipynb #fc12a8e0
 @dataclass
 class Training:
     "A training on its way, as callbacks see it"
@@ -119,7 +119,9 @@ class Training:
     callbacks: list = field(default_factory=list)  # Who is told
     def tell(self, event):
         "Call this method of all callbacks that have it; does one of them say True?"
-        said = [getattr(c, event)(self) for c in self.callbacks if hasattr(c, event)]
+        last = event != 'before_fit'
+        told = sorted(self.callbacks, key=lambda c: last and getattr(c, 'told_last', False))
+        said = [getattr(c, event)(self) for c in told if hasattr(c, event)]
         return any(s is True or hasattr(s, 'item') and s.item() is True for s in said)     # NumPy's, too
 
 # %% ../nbs/02_train.ipynb #e55017fe
@@ -233,11 +235,11 @@ def _checked(model, dls, callbacks, schedule, step):
             raise ValueError(f'callbacks has {c!r}, wanted functions, or objects with {", ".join(events)}')
     return (*dls, [c if any(hasattr(c, e) for e in events) else _AfterEpoch(c) for c in callbacks])
 
-# %% ../nbs/02_train.ipynb #835e88d2
+# %% ../nbs/02_train.ipynb #21601feb
 def _with_own(checkpoint, schedule, callbacks, progress):
     "The callbacks in the order in which they are told"
     own = [FiniteLoss()]                                # before a checkpoint of bad weights is saved
-    if checkpoint: own.append(Checkpoint(checkpoint))   # has the epochs that the schedule goes by
+    if checkpoint: own.append(Checkpoint(checkpoint))   # has the epochs that the schedule goes by; saves last
     if schedule: own.append(Schedule())
     return own + callbacks + [Progress()] * progress
 

@@ -39,8 +39,9 @@ def half(state, f):
     f.write(b'half a checkpoint')
     f.flush()
     die()
-def in_epoch_3(model, history):
-    if len(history) == 2: POINTS[sys.argv[1]]()
+class InEpoch3:
+    def after_batch(self, t):
+        if len(t.history) == 2: POINTS.pop(sys.argv[1], int)()
 class Deadly:
     def __init__(self, dl): self.dl, self.left = dl, None
     def __getattr__(self, name): return getattr(self.dl, name)
@@ -56,7 +57,7 @@ train_dl = Deadly(train_dl)
 POINTS = dict(step=lambda: setattr(train_dl, 'left', 1), write=lambda: setattr(torch, 'save', half),
               rename=lambda: setattr(os, 'replace', die))
 train.fit(ImageClassifier(seed=0), (train_dl, test_dl), 4, device='cpu', \
-checkpoint=sys.argv[1] + '.ckpt', callbacks=[in_epoch_3])
+checkpoint=sys.argv[1] + '.ckpt', callbacks=[InEpoch3()])
 """
 
 

@@ -25,7 +25,7 @@ HOUSE = dict(                                           # notebooks by their mod
     data='00', model='01', train='02', report='03',
     explore='04', live='04b', widgets='04c', readings='05', changes='06', speed='07', peers='07b',
     callbacks='08', predict='09',
-    files='10', sources='11', machine='11b', download='11c', compiled='12', captured='13', checkpoint='13b', runs='14', fingerprint='14b', compare='14c', sweep='15', page='16', results='16b', terminal='16c',
+    files='10', sources='11', machine='11b', download='11c', compiled='12', captured='13', content='13a', checkpoint='13b', runs='14', fingerprint='14b', compare='14c', sweep='15', page='16', results='16b', terminal='16c',
     commands='17')
 GUIDE = (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8')
 LAYERS = re.findall(r'\w+', re.search(r'before it:\n([\w, ]+)\.', GUIDE)[1])      # lowest first

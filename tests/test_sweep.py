@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cifar_nbdev import sweep as module, train
-from cifar_nbdev.checkpoint import code_sha256
+from cifar_nbdev.content import code_sha256
 from cifar_nbdev.data import shapes10
 from cifar_nbdev.fingerprint import differences, fingerprint
 from cifar_nbdev.model import ImageClassifier
@@ -296,6 +296,40 @@ def test_a_global_hook_is_noticed(small):
     try: assert differences(before, fingerprint()) == ['global hooks of torch.nn']
     finally: hook.remove()
     assert fingerprint() == before
+
+
+def dropping(data, seed): return nn.Sequential(nn.Flatten(), nn.Dropout(.5), nn.Linear(3072, 10))
+
+
+@pytest.mark.parametrize('make', [nullcontext, threads])
+def test_a_run_draws_the_same_numbers_in_any_process_and_after_any_other(small, make):
+    with make() as executor:
+        more = ONE | dict(model=dropping, executor=executor)
+        both, again, alone = ([r['weights_sha256'] for r in sweep(small, (.01,), seeds, workers=w, **more)]
+                              for seeds, w in (([0, 1], 1), ([0, 1], 2), ([1], 1)))
+    assert both == again and both[1:] == alone and len(set(both)) == 2
+
+
+def test_an_edited_net_gets_no_old_run_back(small, tmp_path):
+    def run(change):
+        def net(data, seed):
+            change(m := Net(seed))
+            return m
+        with threads() as one: return sweep(small, (.01,), model=net, out=tmp_path, executor=one, **ONE)[0]
+    changes = [lambda m: None, lambda m: m.requires_grad_(True).fc.bias.requires_grad_(False),
+               lambda m: m.fc.register_forward_hook(lambda m, x, y: -y), lambda m: setattr(m, 'forward', Net(5).forward)]
+    assert len({run(change)['weights_sha256'] for change in changes}) == len(load_runs(tmp_path)) == len(changes)
+
+
+def test_a_global_that_is_named_like_an_attribute_is_no_other_code(tmp_path):
+    code = ("import torch; from torch import nn; from cifar_nbdev.sweep import sweep; from cifar_nbdev.data import shapes10\n"
+            "scale = 3\n"
+            "class Scaled(nn.Module):\n"
+            "    def __init__(self): super().__init__(); self.fc, self.scale = nn.Linear(3072, 10), 2.\n"
+            "    def forward(self, x): return self.fc(x.flatten(1)) * self.scale\n"
+            "print(len(sweep(shapes10(200, 100), (.01,), model=lambda data, seed: Scaled(), epochs=1, device='cpu')))")
+    r = python(code, cwd=tmp_path)
+    assert r.stdout == '1\n', r.stderr
 
 
 # a session whose code is not what workers import
