@@ -53,11 +53,11 @@ class Settings:
     init: str = 'pytorch'  # Rule for the initial weights, one of `INITS`
     change: str | None = None  # Of the recipe, one of `CHANGES`
     def __post_init__(self):
-        names = 'lr', 'momentum', 'weight_decay', 'epochs', 'bs', 'seed'
-        numbers = {name: getattr(self, name) for name in names}
-        for name, value in zip(numbers, check_settings(**numbers)):         # NumPy's as Python's, for JSON
-            object.__setattr__(self, name, value)
+        numbers = {k: getattr(self, k) for k in ('lr', 'momentum', 'weight_decay', 'epochs', 'bs', 'seed')}
+        vars(self).update(zip(numbers, check_settings(**numbers)))          # NumPy's as Python's, for JSON
         if not str(self.reading).startswith('own: '): _one_of('reading', self.reading, READINGS)
+        elif not text(self.reading):
+            raise ValueError(f'reading is {self.reading!r:.60}, wanted 500 letters at most, all printable')
         _one_of('init', self.init, INITS)
         _one_of('change', self.change, (None, *CHANGES))
 
@@ -130,7 +130,7 @@ def environment(
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
     packages = {p: _version(p) for p in ('torchvision', 'numpy', 'numba')}
     return dict(cifar_nbdev=__version__, commit=_commit(),
-                step=getattr(step, '__name__', type(step).__name__),
+                step=getattr(step, '__name__', type(step).__name__)[:500],
                 python=platform.python_version(), torch=torch.__version__, **packages,
                 platform=platform.platform(), device=name, cpu=cpu.get_cpu_capability(),
                 processor=get_host_cpu_name(), threads=torch.get_num_threads())
