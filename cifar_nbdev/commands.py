@@ -40,7 +40,7 @@ def _print_table(file):
     "Print a table's file so that it fits a terminal"
     text = file.read_text(encoding='utf-8')
     print(narrow(text))
-    if narrow(text) != text: print(f'All columns: {file}')
+    if narrow(text) != text: print(f'All columns: {printable(file)}')
 
 # %% ../nbs/17_commands.ipynb #b6068d6e
 def cifar_report(
@@ -117,7 +117,7 @@ def _cell(column, value):
     if value is None or value != value: return '-'
     if column in ('train acc', 'test acc', 'best'): return f'{value:.2f}'
     if column == 'seconds': return f'{value:.1f}'
-    return f'{value:g}' if isinstance(value, float) else printable(value)
+    return f'{value}'.removesuffix('.0') if isinstance(value, float) else printable(value)
 
 # %% ../nbs/17_commands.ipynb #e2c4f321
 def _as_text(table):
@@ -130,10 +130,12 @@ def _as_text(table):
     return textwrap.fill(f'{n} run{"s" * (n > 1)} with {said}', 80) + '\n\n' + table.to_string(index=False)
 
 # %% ../nbs/17_commands.ipynb #51599363
+def _printables(table): return table.map(lambda v: printable(v) if isinstance(v, str) else v)
+
 def _formatted(table, kind):
     "The table of runs as text, CSV or JSON"
     if kind == 'text': return _as_text(table)
-    if kind == 'csv': return table.to_csv().rstrip('\n')
+    if kind == 'csv': return _printables(table).to_csv().rstrip('\n')
     return table.reset_index().to_json(orient='records', indent=1, double_precision=15)
 
 # %% ../nbs/17_commands.ipynb #d4254c93
@@ -177,7 +179,7 @@ def cifar_bench(
         check_folder(out.parent)
         result = (bench_cuda if cuda else bench)(data, **args)
         with atomic_write(out) as tmp: tmp.write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
-    print(f'{ratios(result).round(2).to_string()}\n\nwritten to {out}')
+    print(f'{ratios(result).round(2).to_string()}\n\nwritten to {printable(out)}')
 
 # %% ../nbs/17_commands.ipynb #f08e4d6e
 def _verify(p, data, out, args):
@@ -192,7 +194,7 @@ def _verify(p, data, out, args):
 def _print_count(out):
     from cifar_nbdev.compare import run_files
     n, changes = (len(run_files(folder)) for folder in (out, out/'changes'))
-    print(f'{n} runs are in {out}, {changes} of them in its folder changes')
+    print(f'{n} runs are in {printable(out)}, {changes} of them in its folder changes')
 
 # %% ../nbs/17_commands.ipynb #b1ec15df
 def cifar_results(

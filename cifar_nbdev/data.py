@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .files import check_settings, document
+from .files import check_settings, document, text
 from .sources import NAME, cifar10_roots, draw_shapes, official, read_npz, torchvision_cifar10
 
 # %% ../nbs/00_data.ipynb #aa34ad00
@@ -24,11 +24,12 @@ _TENSORS = 'x_train', 'y_train', 'x_test', 'y_test'
 
 def _check_names(data):
     "Raise a `ValueError` if name and classes are not texts; a list of classes becomes a tuple"
-    if not isinstance(data.name, str) or not 0 < len(data.name) <= 500:
-        raise ValueError(f'name is {data.name!r:.60}, wanted a text of 1 to 500 letters')
+    if not text(data.name) or not data.name:
+        raise ValueError(f'name is {data.name!r:.60}, wanted a text of 1 to 500 letters that can be printed')
     classes = data.classes
-    if not isinstance(classes, (tuple, list)) or not all(isinstance(c, str) for c in classes):
-        raise ValueError(f'classes is {classes!r:.60}, wanted the names of the labels: a tuple of texts')
+    if not isinstance(classes, (tuple, list)) or not all(map(text, classes)):
+        raise ValueError(f'classes is {classes!r:.60}, wanted the names of the labels: a tuple of texts '
+                         'of at most 500 letters that can be printed')
     object.__setattr__(data, 'classes', tuple(classes))
 
 def _check(data):

@@ -121,9 +121,9 @@ def number(
 
 def text(
     v,  # Any value
-) -> bool:  # Is it a text of at most 500 letters?
+) -> bool:  # Is it a text of at most 500 letters, all of which can be printed?
     "A rule for `check_values`"
-    return isinstance(v, str) and len(v) <= 500
+    return isinstance(v, str) and len(v) <= 500 and v.isprintable()
 
 def check_values(
     values,  # From a file

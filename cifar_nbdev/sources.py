@@ -16,7 +16,7 @@ import numpy as np
 from platformdirs import user_cache_path
 
 from .download import DownloadError, download
-from .files import document, scratch_folder
+from .files import document, scratch_folder, text
 
 # %% ../nbs/11_sources.ipynb #585e9160
 NAME, SHAPES_NAME = 'CIFAR-10', 'shapes10 (synthetic)'
@@ -132,9 +132,12 @@ def _names(z, headers, path, name):
         dtype, shape = headers[key]
         if dtype.kind != 'U' or len(shape) != ndim or dtype.itemsize > 4 * 500 or math.prod(shape) > 1000:
             raise DataError(f'{key} is {dtype} {shape}, wanted {wanted} of at most 500 letters')
-    name = str(z['name']) if 'name' in headers else name or path.stem
-    if 'classes' in headers: return name, tuple(map(str, z['classes']))
-    return name, CLASSES if name.split(',')[0] == NAME else None
+    name = (str(z['name']) if 'name' in headers else name) or path.stem
+    usual = CLASSES if name.split(',')[0] == NAME else ()
+    classes = tuple(map(str, z['classes'] if 'classes' in headers else usual))
+    for said in (name, *classes):
+        if not text(said): raise DataError(f'{said!a:.60} is a name, wanted letters that can be printed')
+    return name, classes or None
 
 def _read_arrays(z, path, name):
     "All of an open .npz"

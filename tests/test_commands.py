@@ -1,5 +1,5 @@
 """What the commands write and say when all is well, and that a bad call says why and destroys nothing"""
-import base64, dataclasses, io, json, os, re, shutil, signal, subprocess, sys, time
+import base64, dataclasses, io, json, os, re, shutil, signal, subprocess, sys, time, warnings
 from contextlib import suppress
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,11 +15,13 @@ from cifar_nbdev.data import dataloaders, load_data, shapes10
 from cifar_nbdev.files import pick_device, progress_bar
 from cifar_nbdev.model import ImageClassifier
 from cifar_nbdev.page import reproduce, write_report
+from cifar_nbdev.predict import load_model
 from cifar_nbdev.readings import READINGS
 from cifar_nbdev.report import REPORT
-from cifar_nbdev.runs import load_runs, load_weights, save_run, save_weights, weights_sha256
+from cifar_nbdev.runs import Settings, load_runs, load_weights, save_run, save_weights, weights_sha256
 from cifar_nbdev.sources import DataError
 from cifar_nbdev.sweep import sweep
+from cifar_nbdev.terminal import Parser, one_line_errors
 from cifar_nbdev.train import evaluate, fit
 from conftest import COMMAND, arrays, clean_env, hashes, python, save_npz
 
@@ -614,9 +616,58 @@ def test_damaged_runs_get_a_line_and_the_rest_is_shown(good, capsys, monkeypatch
 def test_a_run_that_lies_does_nothing_to_a_terminal(good, capsys, tmp_path):
     run = load_runs(good[0]/'report'/'runs')[0]
     run['data']['name'] = 'red\x1b[31m\nnext'
-    save_run(run, tmp_path)
-    cifar_runs([str(tmp_path)])
-    assert 'red?[31m?next' in capsys.readouterr().out
+    file = save_run(run, tmp_path)
+    with pytest.raises(SystemExit): cifar_runs([str(tmp_path)])
+    out, err = capsys.readouterr()
+    assert out == '' and len(err.splitlines()) == 1 and file.name in err and '\x1b' not in err
+
+
+@pytest.mark.parametrize('kind', ['text', 'csv', 'json'])
+@pytest.mark.skipif(os.name == 'nt', reason='Windows has no such names')
+def test_a_folder_of_runs_does_nothing_to_a_terminal(good, capsys, tmp_path, kind):
+    folder = tmp_path/'red\x1b[31m\u202e'
+    folder.mkdir()
+    save_run(load_runs(good[0]/'report'/'runs')[0], folder)
+    cifar_runs([str(folder), '--format', kind])
+    said = capsys.readouterr()
+    assert '[31m' in said.out and not {'\x1b', '\u202e'} & set(said.out + said.err)
+
+
+RED = 'N\x1b[31m\x1b]0;title\x07', 'N\u202e', 'N\nnext'
+
+@pytest.mark.parametrize('name', RED)
+@pytest.mark.parametrize('key', ['name', 'classes'])
+def test_names_that_cannot_be_printed_are_refused(good, small, capfd, monkeypatch, tmp_path, key, name):
+    monkeypatch.chdir(good[0])
+    value = name if key == 'name' else (*small.classes[:-1], name)
+    with pytest.raises(ValueError, match=key): dataclasses.replace(small, **{key: value})
+    path = save_npz(tmp_path/'red.npz', small, **{key: value})
+    with pytest.raises(DataError, match='red.npz: .* letters that can be printed'): load_data(path)
+    err = refused(good, capfd, '--data', str(path))
+    assert str(path) in err and not {'\x1b', '\x07', '\u202e'} & set(err)
+
+
+def test_an_npz_without_a_name_and_with_a_name_that_cannot_be_printed(small, tmp_path):
+    path = save_npz(tmp_path/'red\x7f.npz', small)
+    with pytest.raises(DataError, match='letters that can be printed'): load_data(path)
+    assert load_data(path, name='mine').name == 'mine'
+
+
+def test_a_tensor_does_nothing_to_a_terminal(good, photos, capsys, monkeypatch, tmp_path):
+    "Its name is part of the error, which stays two lines; the second cannot pass for a line of ours"
+    monkeypatch.chdir(photos)
+    net, about = load_model('net.safetensors')
+    state = net.state_dict() | {'x\x1b[31mEVIL\n\nfake line\nmore': torch.zeros(0)}
+    file = tmp_path/'evil.safetensors'
+    save_weights(state, file, about | dict(weights_sha256=weights_sha256(state)))
+    with pytest.raises(SystemExit): cifar_predict(['a.png', '--weights', str(file)])
+    first, second = capsys.readouterr().err.splitlines()
+    assert 'x?[31mEVIL' in first and second.startswith('  fake line; more')
+
+
+def test_a_warning_does_nothing_to_a_terminal(capsys):
+    with one_line_errors(Parser('try', 'Try')): warnings.warn('red\x1b[31m\nnext', stacklevel=1)
+    assert capsys.readouterr().err == 'red?[31m\nnext\n'
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='POSIX pipes')
@@ -640,6 +691,8 @@ def test_a_reader_who_has_had_enough_is_no_error(good):
     (ValueError, lambda d, p: pick_device('tpu')), (ValueError, lambda d, p: pick_device('cuda:99')),
     (ValueError, lambda d, p: sweep(d, [.01], reading='none')),
     (ValueError, lambda d, p: sweep(d, [.01], bs=0)),
+    (ValueError, lambda d, p: sweep(d, [.01], model=type('x' * 600, (), {'__call__': tiny_net})(), out=p)),
+    (ValueError, lambda d, p: Settings(reading='own: red\x1b[31m')),
     (OSError, lambda d, p: reproduce(d, out=save_npz(p/'a.npz', d)/'below')),
     (FileNotFoundError, lambda d, p: load_weights(ImageClassifier(), p/'none.safetensors'))])
 def test_typed_exceptions(small, tmp_path, error, call):
