@@ -69,9 +69,10 @@ def write_live(
     "Write what a page with the live net loads: net.js, and a file of weights for each net"
     folder, files, about = Path(folder).expanduser(), {}, []
     for lr, (run,) in by_lr(runs).items():
-        models = {f'lr{lr:g}-epoch{epoch}': model for epoch, model in nets[lr].items()}
+        exact = f'{lr}'.removesuffix('.0')              # %g would give two learning rates one name
+        models = {f'lr{exact}-epoch{epoch}': model for epoch, model in nets[lr].items()}
         files |= {name: pack_weights(model) for name, model in models.items()}
-        about.append(dict(lr=f'{lr:g}', epochs=list(nets[lr]), files=list(models), curves=_curves(run)))
+        about.append(dict(lr=exact, epochs=list(nets[lr]), files=list(models), curves=_curves(run)))
     label = data_label(shared(runs, 'data', 'name'))
     files['net'] = dict(data=label, classes=list(classes), nets=about, shapes=drawn_shapes())
     clear_live(folder, keep=files)

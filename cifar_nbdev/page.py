@@ -76,9 +76,10 @@ def _picture(fig, kind, **kwargs):
 def _figure(lr, group, fig):
     "A figure with its file name and caption"
     letter, seeds = '' if _own(group) else FIGURES.get(lr), len(group)
-    caption = (f'({letter}) ' if letter else '') + f'Learning rate {lr:g}'
+    exact = f'{lr}'.removesuffix('.0')                  # %g would give two learning rates one name
+    caption = (f'({letter}) ' if letter else '') + f'Learning rate {exact}'
     if seeds > 1: caption += f', mean and range of {seeds} seeds'
-    return dict(stem=(f'{letter}-' if letter else '') + f'lr{lr:g}', caption=caption,
+    return dict(stem=(f'{letter}-' if letter else '') + f'lr{exact}', caption=caption,
                 svg=_picture(fig, 'svg', metadata={'Date': None}), png=_picture(fig, 'png', dpi=200))
 
 # %% ../nbs/16_page.ipynb #11dfa678
@@ -175,7 +176,7 @@ def _write_nets(runs, out, classes):
     try: firsts, nets = _nets(runs, out/'runs', classes)
     except FileNotFoundError: firsts = []
     except ValueError as e:
-        warnings.warn(f'the page is without its nets: {e}', stacklevel=4)
+        warnings.warn(f'the page is without its nets: {" ".join(str(e).splitlines())}', stacklevel=4)
         firsts = []
     if firsts: write_live(out/'live', firsts, nets, classes)
     else: clear_live(out/'live')

@@ -97,7 +97,7 @@ def _title(lr, group):
     "For example (a) lr 0.005, 3 seeds; the letter is the report's, so a net of one's own has none"
     own, seeds = group[0]['config']['reading'].startswith('own: '), len(group)
     letter = f'({FIGURES[lr]}) ' if lr in FIGURES and not own else ''
-    return f'{letter}lr {lr:g}' + (f', {seeds} seeds' if seeds > 1 else '')
+    return f'{letter}lr {lr}'.removesuffix('.0') + (f', {seeds} seeds' if seeds > 1 else '')
 
 # %% ../nbs/03_report.ipynb #fdd9875c
 def _columns(runs):

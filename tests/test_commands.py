@@ -13,12 +13,13 @@ from cifar_nbdev import __version__
 from cifar_nbdev.commands import ABOUT, cifar_predict, cifar_report, cifar_runs
 from cifar_nbdev.data import dataloaders, load_data, shapes10
 from cifar_nbdev.files import pick_device, progress_bar
+from cifar_nbdev.live import pack_weights
 from cifar_nbdev.model import ImageClassifier
 from cifar_nbdev.page import reproduce, write_report
 from cifar_nbdev.predict import load_model
 from cifar_nbdev.readings import READINGS
 from cifar_nbdev.report import REPORT
-from cifar_nbdev.runs import Settings, load_runs, load_weights, save_run, save_weights, weights_sha256
+from cifar_nbdev.runs import Settings, load_runs, load_weights, run_name, save_run, save_weights, weights_sha256
 from cifar_nbdev.sources import DataError
 from cifar_nbdev.sweep import sweep
 from cifar_nbdev.terminal import Parser, one_line_errors
@@ -349,6 +350,26 @@ def test_a_net_of_ones_own(small, tmp_path):
     assert 'train_step' in page.text and 'the report' not in page.text.lower() and '52.24' not in page.text
     assert {p.name for p in (tmp_path/'figures').iterdir()} == {
         f'lr{lr}.{kind}' for lr in ('0.005', '0.02') for kind in ('png', 'svg')}
+
+
+def test_learning_rates_that_hardly_differ_have_files_of_their_own(small, tmp_path):
+    "Figures, captions and nets; %g would give both one name. A whole number stays short"
+    lrs = {.12345671: '0.12345671', .12345672: '0.12345672', 1e-5: '1e-05', 1.: '1'}
+    index = reproduce(small, lrs, epochs=1, out=tmp_path, device='cpu', workers=1, progress=False)
+    page = Page(index.read_text(encoding='utf-8'))
+    links = [a['href'] for tag, a in page.tags if tag == 'a' and a['href'].startswith('figures/')]
+    assert set(links) == {f'figures/lr{lr}.{kind}' for lr in lrs.values() for kind in ('png', 'svg')}
+    assert all((tmp_path/link).is_file() for link in links)
+    assert len({(tmp_path/'figures'/f'lr{lr}.svg').read_bytes() for lr in lrs.values()}) == len(lrs)
+    script = (tmp_path/'live'/'net.js').read_text()
+    nets = {n['lr']: n for n in json.loads(script[script.index('{'):script.rindex(')')])['nets']}
+    assert set(nets) == set(lrs.values()) and all(f'Learning rate {lr}:' in page.text for lr in nets)
+    for run in load_runs(tmp_path/'runs'):
+        n = nets[lrs[run['config']['lr']]]
+        assert n['curves']['Loss'][1] == [round(run['epochs'][0]['test_loss'], 4)]
+        model = load_weights(ImageClassifier(), next((tmp_path/'runs').glob(
+            f'*{run_name(run["config"], run["data"]["sha256"])}.safetensors')))
+        assert pack_weights(model)['floats'] in (tmp_path/'live'/f'{n["files"][0]}.js').read_text()
 
 
 def test_a_folder_of_something_else_is_kept_apart(small, tmp_path):
