@@ -204,8 +204,8 @@ def lr_find(
     "Loss against a learning rate that grows with each step; otherwise the report's recipe"
     (low,), (high,) = check_settings(lr=low), check_settings(lr=high)
     train, test = dataloaders(data, seed=seed).train, [next(iter(dataloaders(data, seed=seed).train))]
-    n, steps = len(train), steps or len(train)
-    if not 1 <= steps <= n: raise ValueError(f'steps is {steps}, wanted 1 to {n}, which is one pass')
+    n, (steps,) = len(train), check_settings(steps=len(train) if steps is None else steps)
+    if steps > n: raise ValueError(f'steps is {steps}, wanted 1 to {n}, which is one pass')
     rising = _Rising(np.geomspace(low, high, steps))
     model = new_model(data, Settings(seed=seed)) if model is None else deepcopy(model)
     try: fit(model, (_Batches(train, steps), test), 1, low, device=device, progress=progress,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .files import document
+from .files import document, expanded
 from .runs import Settings, load_run, run_name
 
 # %% ../nbs/14c_compare.ipynb #42e6675c
@@ -19,7 +19,7 @@ def run_files(
     place: str | Path,  # A folder with runs in it or below, or the JSON file of a run
 ) -> list:  # Paths of the files
     "Find the files of runs"
-    place = Path(place).expanduser()
+    place = expanded(place)
     return [place] if place.is_file() else sorted(place.rglob('[!.]*-seed*.json'))
 
 # %% ../nbs/14c_compare.ipynb #13e0279a
@@ -29,7 +29,10 @@ def find_runs(
     "Read all runs that can be read"
     runs, wrong = {}, []
     for place in places:
-        files = run_files(place)
+        try: files = run_files(place)
+        except OSError as e:                            # of a name that is too long, for example
+            wrong.append(str(e))
+            continue
         if not files: wrong.append(f'{place}: no runs in it, wanted a folder with JSON files of runs')
         for file in files:
             try: runs.setdefault(file.resolve(), (file, load_run(file)))            # of two names the first

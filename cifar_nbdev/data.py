@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .files import check_settings, document, text
+from .files import check_settings, document, expanded, text
 from .sources import NAME, cifar10_roots, draw_shapes, official, read_npz, torchvision_cifar10
 
 # %% ../nbs/00_data.ipynb #aa34ad00
@@ -120,7 +120,7 @@ class Shuffle(Sampler):
     def __init__(self,
         n: int,  # Number of images
         seed: int = 0,  # Same seed, same sequence of orders
-    ): self.n, self.generator = n, torch.Generator().manual_seed(seed)
+    ): self.n, self.generator = n, torch.Generator().manual_seed(*check_settings(seed=seed))
     def __len__(self): return self.n
     def order(self) -> torch.Tensor:  # int64 (n,)
         "Draw the next epoch's order"
@@ -159,12 +159,12 @@ def dataloaders(
     seed: int = 0,  # Of the training set's order
 ) -> DataLoaders:  # For one seed the same batches, bit for bit, whatever num_workers is
     "Training batches in a new order each epoch, test batches in the stored order"
-    check_settings(bs=bs, seed=seed)
+    bs, seed = check_settings(bs=bs, seed=seed)
     shuffle = Shuffle(len(data.x_train), seed)
     if num_workers is None:
         return DataLoaders(BatchLoader(data.x_train, data.y_train, bs, shuffle),
                            BatchLoader(data.x_test, data.y_test, bs))
-    if num_workers < 0: raise ValueError(f'num_workers is {num_workers}, wanted None, 0 or more')
+    num_workers, = check_settings(num_workers=num_workers)
     own = dict(batch_size=bs, num_workers=num_workers, generator=torch.Generator())     # not the global one
     return DataLoaders(DataLoader(ImageDataset(data.x_train, data.y_train), sampler=shuffle, **own),
                        DataLoader(ImageDataset(data.x_test, data.y_test), **own))
@@ -218,7 +218,7 @@ def load_data(
     if source == 'auto': return _auto(root, name, download)
     if source == 'shapes10': return shapes10()
     if source == 'cifar10': return _image_data(official(root, download))
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.name.startswith('cifar-10-'):               # the archive, or what was extracted from it
         raise ValueError(f'source is {source}: name the folder that holds it, '
                          f"load_data('cifar10', root={str(path.parent)!r})")

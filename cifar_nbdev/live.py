@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from .data import shapes10
-from .files import atomic_write, document
+from .files import atomic_write, document, expanded
 from .model import ImageClassifier
 from .report import by_lr, data_label, shared
 
@@ -56,7 +56,7 @@ def clear_live(
 ):
     "Remove the files that `write_live` has written"
     for pattern in ('net.js', 'lr*-epoch*.js'):
-        for old in Path(folder).expanduser().glob(pattern):
+        for old in expanded(folder).glob(pattern):
             if old.stem not in keep: old.unlink()
 
 # %% ../nbs/04b_live.ipynb #5fed364f
@@ -67,7 +67,7 @@ def write_live(
     classes: tuple,  # Their names
 ):
     "Write what a page with the live net loads: net.js, and a file of weights for each net"
-    folder, files, about = Path(folder).expanduser(), {}, []
+    folder, files, about = expanded(folder), {}, []
     for lr, (run,) in by_lr(runs).items():
         exact = f'{lr}'.removesuffix('.0')              # %g would give two learning rates one name
         models = {f'lr{exact}-epoch{epoch}': model for epoch, model in nets[lr].items()}

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .files import document
+from .files import check_settings, document
 
 # %% ../nbs/01_model.ipynb #d30596b6
 class TwoConvolutions(nn.Module):
@@ -117,7 +117,7 @@ def initialise(
 ):
     "Draw initial weights"
     if init not in INITS: raise ValueError(f'unknown init {init!r}: wanted one of {", ".join(INITS)}')
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    generator = None if seed is None else torch.Generator().manual_seed(*check_settings(seed=seed))
     for layer in model.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)): INITS[init](layer, generator)
 

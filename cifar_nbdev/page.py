@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from . import __version__
 from .data import ImageData, is_cifar10, load_data
-from .files import atomic_write, document, pick_device
+from .files import atomic_write, document, expanded, pick_device
 from .live import clear_live, write_live
 from .machine import compile_seconds
 from .model import ImageClassifier
@@ -190,7 +190,7 @@ def write_report(
     classes: tuple | None = None,  # Their names; with them, and weights in out/runs, the page runs the nets
 ) -> Path:  # The page, index.html
     "Write figures, table and page of some runs"
-    out, name = Path(out).expanduser(), shared(runs, 'data', 'name')
+    out, name = expanded(out), shared(runs, 'data', 'name')
     figures, table = _figures(runs), _table(runs)
     for old in (out/'figures').glob('*lr[0-9]*.[ps][nv]g'):
         if old.stem not in {f['stem'] for f in figures}: old.unlink()
@@ -208,7 +208,7 @@ def check_folder(
     folder: str | Path,  # Where something is going to be written
 ):
     "Make a folder and try it; an `OSError` says that it cannot be written to"
-    probe = Path(folder).expanduser()/'.tried'
+    probe = expanded(folder)/'.tried'
     try:
         with atomic_write(probe) as tmp: tmp.write_bytes(b'')
         probe.unlink()
@@ -249,7 +249,7 @@ def reproduce(
     **settings,  # Of all runs, as in `Settings`: epochs=30, bs=128, momentum=0.9, weight_decay=5e-4, ...
 ) -> Path:  # The page, index.html
     "Train a model for each learning rate and seed, and write figures, table and page"
-    start, folder = time.perf_counter(), Path(out).expanduser()/'runs'
+    start, folder = time.perf_counter(), expanded(out)/'runs'
     configs = check_sweep(lrs, seeds, device, workers, model, **settings)
     if not isinstance(data, ImageData): data = load_data(data)
     check_folder(out)

@@ -18,7 +18,7 @@ from torch import nn
 
 from . import __version__
 from .data import ImageData, is_cifar10
-from .files import atomic_write, check_values, document, number, text
+from .files import atomic_write, check_values, document, expanded, number, text
 from .readings import READINGS
 from .runs import Normalised, Settings, load_run, load_weights, save_weights, weights_sha256
 from .sources import CLASSES, SHAPES, SHAPES_NAME
@@ -106,7 +106,7 @@ def prepare_image(
     image,  # Path, PIL image, or array or tensor (H, W), (H, W, C) or (C, H, W), uint8 or float in [0, 1]
 ) -> tuple[torch.Tensor, str]:  # uint8 (3, 32, 32), and what was done: 'averaged to 32x32'
     "An image of any size as a net sees it; a `ValueError` or `OSError` of one line where it cannot be had"
-    if isinstance(image, (str, Path)): small, done = _read_file(Path(image).expanduser())
+    if isinstance(image, (str, Path)): small, done = _read_file(expanded(image))
     elif isinstance(image, Image.Image): small, done = _read(image, 'image')
     elif isinstance(image, np.ndarray): small, done = _to_32(_from_array(image, (2, 0)))
     elif isinstance(image, torch.Tensor):
@@ -252,7 +252,7 @@ def load_model(
     path: str | Path,  # A file of `save_model`, or the weights that a run of the package's nets left
 ) -> tuple[nn.Module, dict]:  # In evaluation mode; config, data, classes, epochs, ... as in a run's JSON
     "Build a net from a file, and say what it is; a `ValueError` or `FileNotFoundError` of one line if not"
-    path = Path(path).expanduser()
+    path = expanded(path)
     said, tensors = _header(path)
     about = _about(path, said)
     if other := {kind for kind, _ in tensors.values()} - {'F32'}:

@@ -24,7 +24,7 @@ from .checkpoint import check_epochs, check_state, load_state
 from .content import code_sha256
 from .compiled import available, compiled_step, why_not
 from .data import ImageData, dataloaders
-from .files import (atomic_write, check_settings, document, number, pick_device,
+from .files import (atomic_write, check_settings, document, expanded, number, pick_device,
                                read_json, text)
 from .model import INITS
 from .readings import READINGS
@@ -173,9 +173,9 @@ def load_weights(
     path: str | Path,  # A file of `save_weights`
 ) -> nn.Module:  # The same model
     "Load weights of a model of the same shape, and of the run whose JSON is beside; else a `ValueError`"
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f'{path}: no such file. Wanted weights in a .safetensors file')
+    path = expanded(path)
+    if not path.exists(): raise FileNotFoundError(f'{path}: no such file. Wanted a .safetensors file')
+    if not path.is_file(): raise ValueError(f'{path}: not a file. Wanted a .safetensors file')
     try:
         with safe_open(path, 'pt') as f: state = {k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, OSError, ValueError) as e:
@@ -249,7 +249,7 @@ def save_run(
     model: nn.Module | dict | None = None,  # With it (or its state), weights are saved as safetensors beside
 ) -> Path:  # The JSON file
     "Save a run as JSON; the file is there only when everything is"
-    path = Path(folder).expanduser()/run_name(run['config'], run['data']['sha256'], run.get('model'))
+    path = expanded(folder)/run_name(run['config'], run['data']['sha256'], run.get('model'))
     with atomic_write(path.with_name(f'{path.name}.json')) as tmp:
         # a line per epoch: diffs stay readable
         epochs = ',\n  '.join(json.dumps(e, allow_nan=False) for e in run['epochs'])
@@ -296,7 +296,7 @@ def load_runs(
     **config,  # Keep runs with these settings only, such as reading='gate', lr=0.005
 ) -> list:  # Runs, sorted by reading, learning rate and seed
     "Read all runs of a folder"
-    runs = [load_run(p) for p in Path(folder).expanduser().glob('[!.]*-seed*.json')]
+    runs = [load_run(p) for p in expanded(folder).glob('[!.]*-seed*.json')]
     runs = [r for r in runs if all(r['config'].get(k) == v for k, v in config.items())]
     return sorted(runs, key=lambda r: (r['config']['reading'], r['config']['lr'], r['config']['seed']))
 

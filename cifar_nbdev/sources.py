@@ -16,7 +16,7 @@ import numpy as np
 from platformdirs import user_cache_path
 
 from .download import DownloadError, download
-from .files import document, scratch_folder, text
+from .files import check_settings, document, expanded, scratch_folder, text
 
 # %% ../nbs/11_sources.ipynb #585e9160
 NAME, SHAPES_NAME = 'CIFAR-10', 'shapes10 (synthetic)'
@@ -82,6 +82,7 @@ def draw_shapes(
     seed: int = 0,  # Same seed, same images
 ) -> Arrays:  # Of CIFAR-10's shapes, named 'shapes10 (synthetic)'
     "Draw ten classes of geometric shapes"
+    n_train, n_test, seed = check_settings(n_train=n_train, n_test=n_test, seed=seed)
     x, y = _draw(n_train + n_test, seed)
     return Arrays(x[:n_train], y[:n_train], x[n_train:], y[n_train:], SHAPES, SHAPES_NAME)
 
@@ -158,7 +159,7 @@ def read_npz(
     name: str | None = None,  # What it holds, where it does not say so itself; None: the file's name
 ) -> Arrays:  # Its name is what it claims; `load_data` believes no file that it is CIFAR-10
     "Read and check an .npz; nothing in it is unpickled. A `DataError` or `OSError` says what is wrong"
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not path.exists():
         raise FileNotFoundError(f'{path}: no such file. Wanted an .npz with x_train, y_train, x_test, y_test')
     if not path.is_file():
@@ -184,9 +185,9 @@ def cifar10_roots(
     root: str | Path | None = None,  # The one folder to look in; None: those that are usual
 ) -> list:  # Paths; the first is where a download goes
     "Folders that may hold the official archive"
-    if root: return [Path(root).expanduser()]
+    if root: return [expanded(root)]
     cache = os.environ.get('CIFAR_NBDEV_ROOT')
-    try: cache = Path(cache).expanduser() if cache else user_cache_path('cifar_nbdev', appauthor=False)
+    try: cache = expanded(cache) if cache else user_cache_path('cifar_nbdev', appauthor=False)
     except (KeyError, RuntimeError): cache = Path('data')           # nobody's home: CIFAR_NBDEV_ROOT helps
     return [cache, Path('data'), Path('../data')]                   # ../data: notebooks run in nbs/
 

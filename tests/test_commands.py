@@ -10,16 +10,18 @@ import pytest
 import torch
 
 from cifar_nbdev import __version__
+from cifar_nbdev.callbacks import lr_find
 from cifar_nbdev.commands import ABOUT, cifar_predict, cifar_report, cifar_runs
 from cifar_nbdev.data import dataloaders, load_data, shapes10
-from cifar_nbdev.files import pick_device, progress_bar
-from cifar_nbdev.live import pack_weights
+from cifar_nbdev.files import check_settings, pick_device, progress_bar
+from cifar_nbdev.live import clear_live, pack_weights
 from cifar_nbdev.model import ImageClassifier
 from cifar_nbdev.page import reproduce, write_report
-from cifar_nbdev.predict import load_model
+from cifar_nbdev.predict import load_model, prepare_image
 from cifar_nbdev.readings import READINGS
 from cifar_nbdev.report import REPORT
-from cifar_nbdev.runs import Settings, load_runs, load_weights, run_name, save_run, save_weights, weights_sha256
+from cifar_nbdev.runs import (Settings, load_run, load_runs, load_weights, run_name, save_run, save_weights,
+                              weights_sha256)
 from cifar_nbdev.sources import DataError
 from cifar_nbdev.sweep import sweep
 from cifar_nbdev.terminal import Parser, one_line_errors
@@ -253,6 +255,7 @@ def test_it_can_print_to_a_terminal_that_knows_ascii_only(good, monkeypatch):
 
 def test_help_and_version_are_quick_and_import_nothing_heavy(tmp_path):
     code = """import sys
+from cifar_nbdev.callbacks import lr_find
 from cifar_nbdev.commands import *
 for command in (cifar_report, cifar_predict, cifar_runs, cifar_bench, cifar_results, overview):
     for option in ('--help', '--version', '--no-such-option'):
@@ -526,7 +529,7 @@ def photos(good, tmp_path_factory):
     shutil.copy(next((good[0]/'report'/'runs').glob('*.safetensors')), folder/'net.safetensors')
     return folder
 
-BAD_PHOTOS = ['empty.jpg', 'notes.jpg', 'folder.jpg', 'bomb.png', 'none.png']
+BAD_PHOTOS = ['empty.jpg', 'notes.jpg', 'folder.jpg', 'bomb.png', 'none.png', '~nobody-here/x.png']
 
 
 def test_photos(photos):
@@ -567,7 +570,7 @@ def test_nothing_to_say_about_photos_is_status_2(photos, capsys, monkeypatch, ar
         cifar_predict([*args, *([] if '--weights' in args else ['--weights', 'net.safetensors'])])
     out, err = capsys.readouterr()
     assert e.value.code == 2 and out == '' and said in err and err.startswith('cifar_predict: ')
-    assert len(err.splitlines()) == (5 if args is BAD_PHOTOS else 1)
+    assert len(err.splitlines()) == (len(BAD_PHOTOS) if args is BAD_PHOTOS else 1)
 
 
 def test_a_net_of_ones_own_is_not_guessed(small, photos, tmp_path, capsys, monkeypatch):
@@ -629,6 +632,10 @@ def test_damaged_runs_get_a_line_and_the_rest_is_shown(good, capsys, monkeypatch
     out, err = capsys.readouterr()
     assert e.value.code == 1 and out.startswith('1 run with') and len(err.splitlines()) == 3
     assert a.name in err and b.name in err and 'none: no runs in it' in err
+    long = 'x' * 300                                    # more than a disk can name
+    with pytest.raises(SystemExit) as e: cifar_runs([long, '~nobody-here/runs', 'report'])
+    out, err = capsys.readouterr()
+    assert e.value.code == 1 and out.startswith('1 run with') and long in err and '~nobody-here/runs: ' in err
     with pytest.raises(SystemExit) as e: cifar_runs(['none', str(a)])
     out, err = capsys.readouterr()
     assert e.value.code == 2 and out == '' and len(err.splitlines()) == 2
@@ -709,6 +716,13 @@ def test_a_reader_who_has_had_enough_is_no_error(good):
     (ValueError, lambda d, p: fit(ImageClassifier(), dataloaders(d), epochs=0)),
     (ValueError, lambda d, p: dataloaders(d, bs=0)), (ValueError, lambda d, p: dataloaders(d, bs=1.5)),
     (ValueError, lambda d, p: dataloaders(d, num_workers=-1)),
+    (ValueError, lambda d, p: dataloaders(d, num_workers=1.5)),
+    (ValueError, lambda d, p: fit(ImageClassifier(), dataloaders(d), lr=1e299)),
+    (ValueError, lambda d, p: fit(ImageClassifier(), dataloaders(d), weight_decay=1e299)),
+    (ValueError, lambda d, p: shapes10(-1, 5)), (ValueError, lambda d, p: shapes10(5, 0)),
+    (ValueError, lambda d, p: shapes10(2.5, 1)), (ValueError, lambda d, p: shapes10(2, 1, seed=1.5)),
+    (ValueError, lambda d, p: shapes10(10**12, 1)), (ValueError, lambda d, p: ImageClassifier(seed=1.5)),
+    (ValueError, lambda d, p: lr_find(d, steps=0)), (ValueError, lambda d, p: lr_find(d, steps=2.5)),
     (ValueError, lambda d, p: pick_device('tpu')), (ValueError, lambda d, p: pick_device('cuda:99')),
     (ValueError, lambda d, p: sweep(d, [.01], reading='none')),
     (ValueError, lambda d, p: sweep(d, [.01], bs=0)),
@@ -719,6 +733,42 @@ def test_a_reader_who_has_had_enough_is_no_error(good):
 def test_typed_exceptions(small, tmp_path, error, call):
     with pytest.raises(error) as e: call(small, tmp_path)
     assert str(e.value)
+
+
+HOMELESS = '~nobody-here/x'
+
+@pytest.mark.parametrize('call', [
+    lambda d: load_data(f'{HOMELESS}.npz'), lambda d: load_data('cifar10', HOMELESS), lambda d: load_data('auto', HOMELESS),
+    lambda d: load_run(f'{HOMELESS}.json'), lambda d: load_runs(HOMELESS),
+    lambda d: load_weights(ImageClassifier(), HOMELESS), lambda d: save_weights(ImageClassifier(), HOMELESS),
+    lambda d: load_model(HOMELESS), lambda d: prepare_image(HOMELESS), lambda d: clear_live(HOMELESS),
+    lambda d: reproduce(d, out=HOMELESS), lambda d: write_report([dict(data=dict(name=NAME))], HOMELESS)])
+def test_a_home_that_is_not_known_is_an_error_that_names_the_path(small, call):
+    with pytest.raises(FileNotFoundError, match=HOMELESS): call(small)
+
+
+def test_a_setting_of_this_package_names_its_path_too(monkeypatch):
+    monkeypatch.setenv('CIFAR_NBDEV_ROOT', HOMELESS)
+    with pytest.raises(FileNotFoundError, match=HOMELESS): load_data('cifar10', download=False)
+
+
+def test_a_folder_is_no_weights(tmp_path):
+    with pytest.raises(ValueError, match='not a file'): load_weights(ImageClassifier(), tmp_path)
+
+
+def test_numbers_of_numpy_are_numbers(small):
+    "As seed, batch size, number of images and of steps, whatever their width"
+    assert shapes10(*np.array([20, 10]), seed=np.uint8(3)).sha256 == shapes10(20, 10, seed=3).sha256
+    for more in ({}, dict(num_workers=np.int64(0))):
+        a, b = (dataloaders(small, t(64), seed=t(2**31 - 1), **more).train for t in (int, np.int32))
+        assert all(torch.equal(x, z) and torch.equal(y, w) for (x, y), (z, w) in zip(a, b, strict=True))
+    assert weights_sha256(ImageClassifier(seed=np.int64(7))) == weights_sha256(ImageClassifier(seed=7))
+    assert len(lr_find(small, high=.01, steps=np.int64(2), device='cpu', progress=False)) == 2
+
+
+def test_an_error_names_both_ends():
+    with pytest.raises(ValueError, match=r'bs is 2147483648, wanted .* below 2\*\*31'): check_settings(bs=2**31)
+    with pytest.raises(ValueError, match='lr is .* below 3e38'): check_settings(lr=1e299)
 
 
 @pytest.mark.parametrize('other', [dict(branches=3), 'no gate', 'two heads', dict(classes=100), dict(kernel_size=3)])
