@@ -255,7 +255,6 @@ def test_it_can_print_to_a_terminal_that_knows_ascii_only(good, monkeypatch):
 
 def test_help_and_version_are_quick_and_import_nothing_heavy(tmp_path):
     code = """import sys
-from cifar_nbdev.callbacks import lr_find
 from cifar_nbdev.commands import *
 for command in (cifar_report, cifar_predict, cifar_runs, cifar_bench, cifar_results, overview):
     for option in ('--help', '--version', '--no-such-option'):
