@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['describe_batches', 'load_state', 'check_state', 'check_epochs', 'Checkpoint']
 
-# %% ../nbs/13b_checkpoint.ipynb #25a01a8c
+# %% ../nbs/13b_checkpoint.ipynb #c9fe9ed7
 import io, zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch.utils.data import BatchSampler, RandomSampler, Sampler, SequentialSam
 
 from .content import code_sha256
 from .data import ImageDataset, Shuffle, tensors_sha256
-from .files import atomic_write, check_values, document, number
+from .files import atomic_write, check_values, document, expanded, number
 
 # %% ../nbs/13b_checkpoint.ipynb #a1d81f1d
 def _tensors(data):
@@ -192,12 +192,12 @@ def _restore(t, path, belongs):
     t.history.epochs, t.history.resumed = state['epochs'], len(state['epochs'])
     return state['random'] is not None
 
-# %% ../nbs/13b_checkpoint.ipynb #66cef49a
+# %% ../nbs/13b_checkpoint.ipynb #712805ff
 class Checkpoint:
     "Callback: save the training after each epoch, and go on from the file if it is there"
     def __init__(self,
         path: str | Path,  # The file; `~` is expanded
-    ): self.path = Path(path).expanduser()
+    ): self.path = expanded(path)
     told_last = True                                    # but before the training: what others change is saved
     def before_fit(self, t):
         check_state(t.model)

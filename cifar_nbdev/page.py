@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['markdown', 'write_report', 'check_folder', 'reproduce']
 
-# %% ../nbs/16_page.ipynb #cb47a72b
+# %% ../nbs/16_page.ipynb #72da1371
 import base64, io, sys, time, warnings
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def _picture(fig, kind, **kwargs):
         fig.savefig(f, format=kind, **kwargs)
         return f.getvalue()
 
-# %% ../nbs/16_page.ipynb #7bf0e3cc
+# %% ../nbs/16_page.ipynb #720b1392
 def _figure(lr, group, fig):
     "A figure with its file name and caption"
     letter, seeds = '' if _own(group) else FIGURES.get(lr), len(group)
@@ -170,7 +170,7 @@ def _nets(runs, folder, classes):
     firsts = [group[0] for group in by_lr(runs).values()]
     return firsts, {r['config']['lr']: {len(r['epochs']): net(r)} for r in firsts}
 
-# %% ../nbs/16_page.ipynb #115ec1c8
+# %% ../nbs/16_page.ipynb #f523fd40
 def _write_nets(runs, out, classes):
     "Write the files of the nets; False, and none are left, if there is nothing for the page to run"
     try: firsts, nets = _nets(runs, out/'runs', classes)
@@ -182,7 +182,7 @@ def _write_nets(runs, out, classes):
     else: clear_live(out/'live')
     return bool(firsts)
 
-# %% ../nbs/16_page.ipynb #5312c751
+# %% ../nbs/16_page.ipynb #9faed7c0
 def write_report(
     runs: list,  # Runs on the same data, with the same settings but for learning rate and seed
     out: str | Path,  # Folder, made if need be
@@ -203,7 +203,7 @@ def write_report(
         with atomic_write(out/file) as tmp: tmp.write_bytes(content)
     return out/'index.html'
 
-# %% ../nbs/16_page.ipynb #0e67ff3b
+# %% ../nbs/16_page.ipynb #1e71e329
 def check_folder(
     folder: str | Path,  # Where something is going to be written
 ):
@@ -234,7 +234,7 @@ def _took(runs, new, seconds):
     return (f'{new} of {len(runs)} runs were trained in this call, which took {_time(seconds)}; all of them '
             f'together took {_time(sum(r["wall_seconds"] for r in runs))} of computing.')
 
-# %% ../nbs/16_page.ipynb #9a2f53cf
+# %% ../nbs/16_page.ipynb #133584b7
 #| code-fold: true
 def reproduce(
     data: str | Path | ImageData = 'auto',  # As for `load_data`, or data that is loaded already

@@ -92,7 +92,7 @@ def _draw(ax, runs, what, color):
             ax.fill_between(x, values.min(0), values.max(0), color=color, alpha=.2, lw=0)
     ax.set_xlim(.7 - .02*len(x), .3 + 1.02*len(x))      # no curve touches the frame
 
-# %% ../nbs/03_report.ipynb #9c1918f0
+# %% ../nbs/03_report.ipynb #0d979b3d
 def _title(lr, group):
     "For example (a) lr 0.005, 3 seeds; the letter is the report's, so a net of one's own has none"
     own, seeds = group[0]['config']['reading'].startswith('own: '), len(group)

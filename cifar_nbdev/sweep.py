@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SweepError', 'SweepInterrupt', 'check_sweep', 'sweep']
 
-# %% ../nbs/15_sweep.ipynb #1954ee98
+# %% ../nbs/15_sweep.ipynb #bb9427ef
 import copyreg, hashlib, multiprocessing as mp, os, signal, threading, time
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from .content import code_sha256
 from .data import ImageData
-from .files import document, pick_device, progress_bar, scratch_folder
+from .files import document, expanded, pick_device, progress_bar, scratch_folder
 from .fingerprint import OtherCodeError, differences, fingerprint
 from .runs import Settings, load_run, own_model, run_name, save_run, train_run
 
@@ -281,7 +281,7 @@ def _result(jobs, runs, begun, out):
     if errors: raise SweepError(errors, done)
     return done
 
-# %% ../nbs/15_sweep.ipynb #08a8b676
+# %% ../nbs/15_sweep.ipynb #f1173ff5
 def sweep(
     data: ImageData,  # What to train and test on
     lrs=(0.005, 0.01, 0.0001),  # Learning rates
@@ -296,7 +296,7 @@ def sweep(
     **settings,  # Of all runs, as in `Settings`: momentum, weight_decay, epochs, bs, reading, init, change
 ) -> list:  # Runs, for each learning rate those of each seed
     "Train a model for each learning rate and seed"
-    out = out and Path(out).expanduser().resolve()
+    out = out and expanded(out).resolve()
     configs = check_sweep(lrs, seeds, device, workers, model, **settings)
     jobs = _jobs(data, configs, pick_device(device), out, model)
     runs = _stored(jobs, out)
