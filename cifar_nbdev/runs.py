@@ -6,8 +6,8 @@
 __all__ = ['CHANGES', 'Settings', 'Normalised', 'new_model', 'pick_step', 'environment', 'peak_memory', 'weights_sha256',
            'save_weights', 'load_weights', 'own_model', 'train_run', 'run_name', 'save_run', 'load_run', 'load_runs']
 
-# %% ../nbs/14_runs.ipynb #3ac81d98
-import hashlib, json, platform, re, reprlib, subprocess, threading, time
+# %% ../nbs/14_runs.ipynb #fc0bf02d
+import hashlib, json, platform, re, reprlib, subprocess, time
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -20,7 +20,7 @@ from torch import nn
 
 from . import __version__
 from .captured import captured_step
-from .checkpoint import check_epochs, check_state, load_state
+from .checkpoint import check_epochs, check_state, load_state, random_lock, seeded
 from .content import code_sha256
 from .compiled import available, compiled_step, why_not
 from .data import ImageData, dataloaders
@@ -39,7 +39,7 @@ def _one_of(name, value, known):
     if not isinstance(value, (str, type(None))) or value not in known:
         raise ValueError(f'unknown {name} {reprlib.repr(value)}: wanted one of {", ".join(map(str, known))}')
 
-# %% ../nbs/14_runs.ipynb #790ea6ce
+# %% ../nbs/14_runs.ipynb #707400bb
 @dataclass(frozen=True)
 class Settings:
     "What a run was told; checked when made, else a `ValueError` that names the value and what was wanted"
@@ -119,7 +119,7 @@ def _version(package):
     try: return version(package)
     except PackageNotFoundError: return None
 
-# %% ../nbs/14_runs.ipynb #edb4a7f4
+# %% ../nbs/14_runs.ipynb #fd8e2013
 def environment(
     device: torch.device,  # Where it computes
     step=train_step,  # What did the steps
@@ -165,7 +165,7 @@ def save_weights(
     header = about and {'cifar_nbdev': json.dumps(about, allow_nan=False)}
     with atomic_write(path) as tmp: tmp.write_bytes(save(state, header))            # an OSError if it cannot
 
-# %% ../nbs/14_runs.ipynb #e3d2ad2a
+# %% ../nbs/14_runs.ipynb #7c1a4143
 _NAMED = re.compile('-seed[0-9]+-([0-9a-f]{8})$')         # the file of a run
 
 def load_weights(
@@ -187,20 +187,16 @@ def load_weights(
     load_state(model, state, path)
     return model
 
-# %% ../nbs/14_runs.ipynb #18830dc7
-_making = threading.Lock()                              # the global random state is one for all threads
-
+# %% ../nbs/14_runs.ipynb #6c935859
 def own_model(
     model,  # Called with (data, seed)
     data: ImageData,  # Passed on
     seed: int,  # Passed on, and put into PyTorch's global random state meanwhile
 ) -> nn.Module:  # What it makes, the same each time
     "A net of your own, made without a trace in the global random state"
-    with _making, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return check_state(model(data, seed))
+    with random_lock, seeded(seed): return check_state(model(data, seed))
 
-# %% ../nbs/14_runs.ipynb #f3312ab0
+# %% ../nbs/14_runs.ipynb #e84adae4
 #| code-fold: true
 def train_run(
     data: ImageData,  # What to train and test on
@@ -216,8 +212,7 @@ def train_run(
     net = new_model(data, settings) if model is None else own_model(model, data, settings.seed)
     sha256 = code_sha256(net, weights=model is not None)
     s, step = settings, step or pick_step(net.to(device), device)
-    with torch.random.fork_rng([device] if device.type == 'cuda' else []):
-        torch.manual_seed(2**32 + s.seed)               # dropout's numbers shall not be those of the weights
+    with seeded(2**32 + s.seed, device):                # dropout's numbers shall not be those of the weights
         history = fit(net, dataloaders(data, s.bs, seed=s.seed), s.epochs, s.lr, s.momentum, s.weight_decay,
                       device=device, step=step, schedule=CHANGES.get(s.change, {}).get('schedule'), **kwargs)
     if history.interrupted: raise KeyboardInterrupt
@@ -241,7 +236,7 @@ def run_name(
     what = re.sub(r'[^\w.-]+', '-', (config.get('change') or config['reading']) + init)
     return f"{what[:40]}-lr{config['lr']:g}-seed{config['seed']}-{key}"
 
-# %% ../nbs/14_runs.ipynb #013c5e96
+# %% ../nbs/14_runs.ipynb #58647fcf
 #| code-fold: true
 def save_run(
     run: dict,  # What `train_run` gives
@@ -277,7 +272,7 @@ def _check_name(path, run):
     if (said := _NAMED.search(path.stem)) and not of.endswith(said[1]):
         raise ValueError(f'{path}: its name is not that of its settings and data, which is {of}')
 
-# %% ../nbs/14_runs.ipynb #ecca810e
+# %% ../nbs/14_runs.ipynb #562a4a7f
 def load_run(
     path: str | Path,  # A run's JSON
 ) -> dict:  # The run

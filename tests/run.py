@@ -21,7 +21,7 @@ class Count:
 
 
 # the longest first, so that at the end no process waits for another
-LONG = [f'tests/test_{name}.py' for name in 'commands ends fuzz sweep site killed compiled'.split()]
+LONG = [f'tests/test_{name}.py' for name in 'commands sweep ends fuzz site killed compiled'.split()]
 
 
 def main():
@@ -34,8 +34,8 @@ def main():
     notebooks, count = execute.run_all(check=True), Count()
     for wrong in notebooks.values(): print(*wrong, sep='\n', end='\n' * bool(wrong), flush=True)
     bad = sum(map(bool, notebooks.values()))
-    # three at a time, since many wait for others; a file's tests together: what they share is made once
-    options = '-q -n 3 --dist loadfile --no-loadscope-reorder --durations=5'.split()
+    # two at a time; a file's tests together: what they share is made once
+    options = '-q -n 2 --dist loadfile --no-loadscope-reorder --durations=5'.split()
     status = pytest.main([*LONG, 'tests', *options], plugins=[count])
     passed, failed = len(notebooks) - bad + count.passed, bad + count.failed
     if not notebooks or status and not count.failed: failed += 1        # no notebooks, no tests, or it broke

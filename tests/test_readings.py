@@ -66,7 +66,7 @@ def test_initial_weights_are_those_that_the_stored_runs_started_from(reading):
 
 @pytest.mark.parametrize('reading', ['gate', 'mix-first'])
 def test_stored_weights_load(reading):
-    run, = load_runs(ROOT/'nbs'/'results', reading=reading, lr=.005, seed=0)
+    run, = load_runs(ROOT/'nbs'/'results', reading=reading, init='pytorch', lr=.005, seed=0)
     file, = (ROOT/'nbs'/'results').glob(f'{reading}-lr0.005-seed0-*.safetensors')
     model = load_weights(READINGS[reading](), file)
     assert weights_sha256(model) == run['weights_sha256']
