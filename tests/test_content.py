@@ -52,11 +52,10 @@ EDITS = {
     'buffer': ('torch.ones(2), pers', 'torch.zeros(2), pers'),
     'hook': ('net = Net()', 'net = Net(); net.a.register_forward_hook(lambda m, x, y: -y)'),
     'forward of the instance': ('net = Net()', 'net = Net(); net.b.forward = lambda x: x'),
-    'global tensor': ("{'a': torch.ones(2)}", "{'a': torch.zeros(2)}"), 'global key': ("key = {'a'", "key = {'b'"),
+    'global tensor': ("{'a': torch.ones(2)}", "{'a': torch.zeros(2)}"),
     'global class': ('one = 1', 'one = 1.5'), 'global partial': ('(max, 2)', '(max, 3)'),
     'global alias': ('act = F.relu\n', 'act = F.gelu\n'), 'deep call': ('def deep5(x): return x', 'def deep5(x): return -x'),
     'in a lambda': ('double(1)', 'double(7)'), 'base': ('class Net(nn.Module):', 'class Net(nn.Sequential):')}
-del EDITS['global key']
 
 
 def made(code):
