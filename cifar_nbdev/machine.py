@@ -117,7 +117,7 @@ def run_parts(
 
 # %% ../nbs/11b_machine.ipynb #ebb7e66c
 @functools.cache
-def _openmp(): return ThreadpoolController().select(user_api='openmp')      # takes a millisecond: once
+def _openmp(): return ThreadpoolController().select(user_api='openmp')  # looks at all libraries: once
 
 @contextmanager
 def one_thread():
