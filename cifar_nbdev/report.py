@@ -19,7 +19,7 @@ from scipy.special import stdtrit                       # Student's t; scipy.sta
 import torch
 from .data import is_cifar10
 from .files import document
-from .model import ImageClassifier, summary
+from .model import ImageClassifier, layer_shapes
 
 # %% ../nbs/03_report.ipynb #c8a2010e
 REPORT = {0.005: .5224, 0.01: .5197, 0.0001: .3857}     # the report's table: learning rate, test accuracy
@@ -239,14 +239,14 @@ def _data_claim(runs):
 #| code-fold: true
 def _model_claims():
     "Shapes; and the learning rates of text and table"
-    table = summary(ImageClassifier(seed=0), torch.zeros(128, 3, 32, 32))
-    for claim, layer, column, wanted in (
-            ('mlp is [128, 2] for a batch of 128', 'gate', 'output', '[128, 2]'),
+    shapes = layer_shapes(ImageClassifier(seed=0), torch.zeros(128, 3, 32, 32))
+    for claim, layer, place, wanted in (                # 1: what goes in, 2: what comes out
+            ('mlp is [128, 2] for a batch of 128', 'gate', 2, [128, 2]),
             ('two convolutions of 6 channels, with ((32 - 5 + 2*0) / 1) + 1 = 28 pixels a side',
-             'conv', 'output', '[128, 12, 28, 28]'),
-            ('the linear layer has 28*28*6 = 4704 inputs', 'fc', 'input', '[128, 4704]'),
-            ('ten classes out', 'fc', 'output', '[128, 10]')):
-        yield claim, (found := table.loc[layer, column]), '-', 'holds' if found == wanted else 'does not hold'
+             'conv', 2, [128, 12, 28, 28]),
+            ('the linear layer has 28*28*6 = 4704 inputs', 'fc', 1, [128, 4704]),
+            ('ten classes out', 'fc', 2, [128, 10])):
+        yield claim, str(found := shapes[layer][place]), '-', 'holds' if found == wanted else 'does not hold'
     yield ('text: learning rates 0.01, 0.001, 0.005; figures and table: 0.005, 0.01, 0.0001',
            '0.001 stands in the text only, 0.0001 in the others', '-',
            'holds' if set(TEXT_LRS) == set(REPORT) else 'contradicts itself')

@@ -34,7 +34,8 @@ def main():
     notebooks, count = execute.run_all(check=True), Count()
     for wrong in notebooks.values(): print(*wrong, sep='\n', end='\n' * bool(wrong), flush=True)
     bad = sum(map(bool, notebooks.values()))
-    # two at a time; a file's tests together: what they share is made once
+    # two at a time, of one thread each; a file's tests together: what they share is made once
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
     options = '-q -n 2 --dist loadfile --no-loadscope-reorder --durations=5'.split()
     status = pytest.main([*LONG, 'tests', *options], plugins=[count])
     passed, failed = len(notebooks) - bad + count.passed, bad + count.failed

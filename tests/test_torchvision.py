@@ -78,9 +78,10 @@ def test_without_torchvision_a_run_still_says_what_it_ran_on(monkeypatch, small)
     assert 'torchvision' in run['env'] and not run['env']['torchvision']
 
 
-def test_the_report_works(tmp_path):
+def test_the_report_works(small, tmp_path):
+    save_npz(tmp_path/'small.npz', small, name='mine')
     code = 'from cifar_nbdev.commands import cifar_report; cifar_report()'
-    args = '--data shapes10 --lrs 0.005 --epochs 1 --device cpu --out out'.split()
+    args = '--data small.npz --lrs 0.005 --epochs 1 --device cpu --out out'.split()
     r = python(code, *args, cwd=tmp_path, PYTHONPATH=break_torchvision(tmp_path, NMS))
     assert r.returncode == 0 and '1 run of 1 epoch by compiled_step' in r.stderr and 'Error' not in r.stderr
-    assert 'NOT CIFAR-10' in r.stdout and (tmp_path/'out'/'index.html').exists()
+    assert 'mine, not CIFAR-10' in r.stdout and (tmp_path/'out'/'index.html').exists()
