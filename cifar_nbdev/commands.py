@@ -19,7 +19,7 @@ ABOUT = dict(
     cifar_predict='Say what a trained net sees in images of your own.',
     cifar_runs='List the runs in folders, what differs apart from what does not.',
     cifar_bench="Time the report's recipe, this library, and others, side by side. Nothing is downloaded.",
-    cifar_results='Make all run files that the pages are drawn from, or check them. Some hours on two cores. '
+    cifar_results='Make all run files that the pages are drawn from, or check them. Many hours on two cores. '
                   'Stop it and call it again: it does what is missing.')
 
 # %% ../nbs/17_commands.ipynb #65c28252

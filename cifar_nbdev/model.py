@@ -145,7 +145,7 @@ def summary(
     x: torch.Tensor,  # A batch to send through it
 ) -> pd.DataFrame:  # A row per layer and one for all: input, output, parameters, MACs for one image
     "What each layer gives out, holds and costs"
-    from torch.utils.flop_counter import FlopCounterMode        # takes half a second: not for each process
+    from torch.utils.flop_counter import FlopCounterMode        # slow to import: not for each process
     with FlopCounterMode(display=False) as counter: shapes = layer_shapes(model, x)
     flops = {name.split('.', 1)[-1]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     flops[''] = counter.get_total_flops()

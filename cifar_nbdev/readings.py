@@ -116,7 +116,7 @@ def log_likelihood(
     own: bool = False,  # As for `one_more`
 ) -> pd.Series:  # For each candidate; natural logarithms
     "How probable the report's numbers are, had a candidate made them"
-    from scipy.special import stdtr             # takes a third of a second: not for each process with a model
+    from scipy.special import stdtr             # slow to import: not for each process with a model
     logs = {}
     for candidate, values in found.items():
         p = 1

@@ -136,10 +136,10 @@ def loaded(browser, address):
     return sum(m['params']['encodedDataLength'] for m in messages if m['method'] == 'Network.loadingFinished')
 
 
-def test_a_page_weighs_less_than_a_megabyte(browser, site, url):
+def test_a_page_is_light(browser, site, url):
     weights = {p.name: loaded(browser, f'{url}/{p.name}') for p in sorted(site.glob('*.html'))}
     assert min(weights.values()) > 200_000, 'the styles of the theme are not counted'
-    assert not {name: weight for name, weight in weights.items() if weight > 1_000_000}
+    assert not {name: weight for name, weight in weights.items() if weight > 600_000}
 
 
 # Formulas
