@@ -138,8 +138,8 @@ def _workers(executor, threads, slots):
     if executor or threads:
         with nullcontext(executor) if executor else ThreadPoolExecutor(slots) as pool: return (yield pool)
     if mp.current_process().daemon: raise RuntimeError('a daemon process: use executor=ThreadPoolExecutor(1)')
-    pool = loky.ProcessPoolExecutor(slots, initializer=_begin, initargs=(os.getpid(),),
-                                    env={'OMP_NUM_THREADS': '1'})
+    env = {'OMP_NUM_THREADS': '1', 'MALLOC_MMAP_THRESHOLD_': f'{2**25}', 'MALLOC_TRIM_THRESHOLD_': f'{2**30}'}
+    pool = loky.ProcessPoolExecutor(slots, initializer=_begin, initargs=(os.getpid(),), env=env)
     try: yield pool
     except BaseException:
         pool.shutdown(kill_workers=True)
