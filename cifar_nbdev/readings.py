@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['READINGS', 'CANDIDATES', 'MixFirst', 'TwoHeads', 'NoGate', 'FlatGate', 'SoftmaxGate', 'SigmoidGate', 'ReluGate',
-           'CentredInput', 'final_values', 'one_more', 'log_likelihood', 'posterior', 'beyond']
+           'CentredInput', 'final_values', 'one_more', 'log_likelihood', 'posterior']
 
 # %% ../nbs/05_readings.ipynb #c23bae16
 import numpy as np
@@ -77,9 +77,9 @@ CANDIDATES |= {(reading, init): 3 for reading in ('gate', 'sigmoid gate')
                for init in INITS if (reading, init) not in CANDIDATES}
 CANDIDATES |= {('gate', 'pytorch'): 10, ('gate', 'normal 0.01'): 10, ('sigmoid gate', 'pytorch'): 10}
 
-# %% ../nbs/05_readings.ipynb #ef12f40f
+# %% ../nbs/05_readings.ipynb #ba809186
 def final_values(
-    runs: list,  # Runs of several candidates on the same data
+    runs: list,  # Runs of several candidates, equally long and on the same data
     lrs: list,  # Learning rates; a candidate without a run at one of them is left out
     value,  # Called with a run's epochs, gives a number
 ) -> dict:  # (reading, init) -> learning rate -> array of values, one for each seed
@@ -87,12 +87,12 @@ def final_values(
     found = {candidate: {lr: [] for lr in lrs} for candidate in CANDIDATES}
     for r in runs:
         config = {'init': 'pytorch'} | r['config']      # the first runs knew no other
-        of_lr = found.get((config['reading'], config['init']), {}).get(config['lr'])
-        if of_lr is not None: of_lr.append(value(r['epochs']))
-    return {candidate: {lr: np.array(values) for lr, values in of.items()}
-            for candidate, of in found.items() if all(of.values())}
+        candidate, lr = (config['reading'], config['init']), config['lr']
+        if candidate in found and lr in found[candidate]: found[candidate][lr].append(value(r['epochs']))
+    return {candidate: {lr: np.array(values) for lr, values in by_lr.items()}
+            for candidate, by_lr in found.items() if all(by_lr.values())}
 
-# %% ../nbs/05_readings.ipynb #b3f88736
+# %% ../nbs/05_readings.ipynb #ad0aef81
 def _scatter(values):
     "Standard deviation within groups, taken together, and its degrees of freedom"
     df = sum(len(v) - 1 for v in values)
@@ -106,51 +106,35 @@ def one_more(
 ) -> tuple:  # mean, scale, degrees of freedom
     "What is expected of one more run: Student's t"
     sd, df = _scatter([values])
-    known = [v for v in others if len(v) >= 10]
-    if known and len(values) < 10 and not own and (together := _scatter(known))[0] > sd: sd, df = together
+    many = [v for v in others if len(v) >= 10]
+    if many and len(values) < 10 and not own:
+        together = _scatter(many)
+        if not sd > 2 * together[0]: sd, df = together
     return values.mean(), sd * (1 + 1/len(values))**.5, df
 
-# %% ../nbs/05_readings.ipynb #cd5ca5d3
+# %% ../nbs/05_readings.ipynb #51612a2a
 def log_likelihood(
     found: dict,  # From `final_values`
-    said: dict,  # Learning rate -> what the report says, and half a unit of its last digit
+    said: dict,  # Learning rate -> what the report says, and how far off that may be
     own: bool = False,  # As for `one_more`
 ) -> pd.Series:  # For each candidate; natural logarithms
     "How probable the report's numbers are, had a candidate made them"
     from scipy.special import stdtr             # slow to import: not for each process with a model
-    logs = {}
+    logs = dict.fromkeys(found, 0.)
     for candidate, values in found.items():
-        p = 1
         for lr, (value, half) in said.items():
             mean, scale, df = one_more(values[lr], [v[lr] for v in found.values()], own)
-            off = -abs(value - mean)            # in the lower tail, where nothing is lost to rounding
-            p *= stdtr(df, (off + half) / scale) - stdtr(df, (off - half) / scale)
-        logs[candidate] = np.log(p)
+            off = -abs(value - mean)            # the curve is symmetric; rounding spares its lower tail
+            logs[candidate] += np.log(stdtr(df, (off + half) / scale) - stdtr(df, (off - half) / scale))
     return pd.Series(logs, name='log likelihood')
 
 def posterior(
     logs: pd.Series,  # Log likelihoods of candidates
+    prior: pd.Series | float = 1.,  # How probable each was beforehand, up to a factor
 ) -> pd.Series:  # Probabilities, which add up to 1
-    "How probable each candidate is, if all were equally likely beforehand"
-    p = np.exp(logs - logs.max())
+    "How probable each candidate is, if one of them is the truth"
+    p = np.exp(logs - logs.max()) * prior
     return p / p.sum()
-
-# %% ../nbs/05_readings.ipynb #74886ab2
-def beyond(
-    values: dict,  # From `final_values`
-    known: dict,  # From `final_values`, other values of the same runs
-    said: dict,  # Learning rate -> what the report says of the first, and half a unit of its last digit
-    known_said: dict,  # What it says of the others
-) -> tuple:  # The first and what the report says of them, both less what follows from the others
-    "What values say that others, which go along with them, do not: the rest of a linear regression"
-    rest, rest_said = {c: {} for c in values}, {}
-    for lr, (value, half) in said.items():
-        many = [c for c in values if len(values[c][lr]) >= 10] or list(values)
-        x, y = (np.concatenate([v[c][lr] - v[c][lr].mean() for c in many]) for v in (known, values))
-        slope = x @ y / (x @ x)
-        for c in values: rest[c][lr] = values[c][lr] - slope * known[c][lr]
-        rest_said[lr] = value - slope * known_said[lr][0], half
-    return rest, rest_said
 
 # %% ../nbs/05_readings.ipynb #671e1ad5
 document(__name__)
