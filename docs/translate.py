@@ -4,6 +4,7 @@ What the site shows of a code cell: nothing of `export` and `hide`, everything o
 function and class gets an anchor, as nbdev's own links expect it: `train.html#fit`.
 """
 import ast, os, re
+from itertools import zip_longest
 from pathlib import Path
 
 import yaml
@@ -167,17 +168,20 @@ class Translator:
 
 
 def _table(html):
-    "A pandas table with one row of headings, columns of text to the left, its columns' name as caption"
+    "A pandas table with one row of headings, text to the left and numbers to the right, its columns' name as caption"
     table = BeautifulSoup(html, 'html.parser').table
     head, body = table.thead.find_all('tr'), table.tbody.find_all('tr')
-    if len(head) == 2:                                  # the second row has nothing but the index's name
-        first, name = head[0].find('th'), head[1].extract().find('th')
-        if first.string: table.insert(0, BeautifulSoup(f'<caption>{first.string}</caption>', 'html.parser'))
-        first.string = name.string
+    if len(head) == 2:                                  # the second row has nothing but the index's names
+        first, names = head[0].find_all('th'), [c.string for c in head[1].extract().find_all('th') if c.string]
+        if caption := first[len(names) - 1].string:
+            table.insert(0, BeautifulSoup(f'<caption>{caption}</caption>', 'html.parser'))
+        for c, name in zip(first, names): c.string = name
     for th in table.find_all('th'): th['scope'] = 'col' if th.find_parent('thead') else 'row'
-    for column in zip(*(row.find_all(['th', 'td']) for row in (head[0], *body))):
-        if not all(re.fullmatch(r'[-+−–\d.,%]*|NaN', c.get_text()) for c in column[1:]):
-            for c in column: c['class'] = 'text'
+    rows = [row.find_all(['th', 'td'])[::-1] for row in (head[0], *body)]       # on the left some cells are merged
+    for column in zip_longest(*rows):
+        title, *cells = filter(None, column)
+        if not all(re.fullmatch(r'[-+−–\d.,%]*|NaN', c.get_text()) for c in cells):
+            for c in (title, *cells): c['class'] = 'text'
     return str(table)
 
 

@@ -2,6 +2,7 @@
 import re, subprocess, sys
 
 import nbformat
+import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output, new_raw_cell
 
@@ -255,3 +256,15 @@ def test_notebooks_link_notebooks(path):
     text = '\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'markdown')
     links = [link.split('#')[0] for link in re.findall(r'\]\((?![a-z]+:|#)([^)]+)\)', text)]
     assert not [link for link in links if not (ROOT/'nbs'/link).exists()]
+
+
+def test_a_table_with_two_index_levels_has_its_names_and_its_caption():
+    table = pd.DataFrame({'acc': [52.1, 51.7, 53.4]}, pd.MultiIndex.from_tuples(
+        [('gate', 'pytorch'), ('gate', 'normal'), ('no gate', 'pytorch')], names=['reading', 'init']))
+    from bs4 import BeautifulSoup
+    html = translate._table(table.rename_axis(columns='in %').to_html())
+    table = BeautifulSoup(html, 'html.parser').table
+    assert table.caption.text == 'in %' and [c.text for c in table.thead.find_all('th')] == ['reading', 'init', 'acc']
+    assert {c.text: c.get('class') for c in table.tbody.find_all(['th', 'td'])} == {
+        **dict.fromkeys(('gate', 'pytorch', 'normal', 'no gate'), ['text']),
+        **dict.fromkeys(('52.1', '51.7', '53.4'), None)}
