@@ -135,7 +135,7 @@ def test_in_a_terminal_there_is_a_bar_and_verbose_lines_above_it(good, tmp_path)
     args = '--data small.npz --epochs 2 --device cpu --workers 1 --lrs 0.01 --verbose'.split()
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 40, 100, 0, 0))
-    process = subprocess.Popen([COMMAND, *args], cwd=tmp_path, env=clean_env(TERM='xterm'),
+    process = subprocess.Popen([COMMAND, *args], cwd=tmp_path, env=clean_env(TERM='xterm', NUMBA_CACHE_DIR=tmp_path/'numba'),
                                stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
     text = b''
@@ -145,6 +145,7 @@ def test_in_a_terminal_there_is_a_bar_and_verbose_lines_above_it(good, tmp_path)
     text = text.decode()
     assert process.wait() == 0, text
     assert 'sweep: 100%' in text and text.count('  epoch ') == 2 and 'Traceback' not in text
+    assert re.search(r'1 run of 2 epochs by compiled_step, compiled in \d+ s', text)
     assert re.search(r'\r *\rgate-lr0.01-seed0-[0-9a-f]{8}: test accuracy', text)
 
 
