@@ -168,16 +168,17 @@ class Translator:
 
 
 def _table(html):
-    "A pandas table with one row of headings, text to the left and numbers to the right, its columns' name as caption"
+    "A pandas table with one row of headings, text to the left, numbers to the right, column name as caption"
     table = BeautifulSoup(html, 'html.parser').table
     head, body = table.thead.find_all('tr'), table.tbody.find_all('tr')
     if len(head) == 2:                                  # the second row has nothing but the index's names
-        first, names = head[0].find_all('th'), [c.string for c in head[1].extract().find_all('th') if c.string]
+        first = head[0].find_all('th')
+        names = [c.string for c in head[1].extract().find_all('th') if c.string]
         if caption := first[len(names) - 1].string:
             table.insert(0, BeautifulSoup(f'<caption>{caption}</caption>', 'html.parser'))
         for c, name in zip(first, names): c.string = name
     for th in table.find_all('th'): th['scope'] = 'col' if th.find_parent('thead') else 'row'
-    rows = [row.find_all(['th', 'td'])[::-1] for row in (head[0], *body)]       # on the left some cells are merged
+    rows = [row.find_all(['th', 'td'])[::-1] for row in (head[0], *body)]   # cells on the left may be merged
     for column in zip_longest(*rows):
         title, *cells = filter(None, column)
         if not all(re.fullmatch(r'[-+−–\d.,%]*|NaN', c.get_text()) for c in cells):
