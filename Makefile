@@ -8,7 +8,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 CONSTRAINTS ?=
 META := settings.ini setup.py pyproject.toml $(CONSTRAINTS)
-# Python compiles a module when it is first imported; not to compile all 20,000 now saves a newcomer half a minute.
+# Python compiles a module when it is first imported; not to compile all 20,000 now saves a newcomer time.
 PIP := $(BIN)/python -m pip install --no-compile $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 # Arguments for cifar_report, such as make report ARGS="--seeds 0 1 2"
 ARGS ?=

@@ -86,7 +86,7 @@ def _tidy(outputs):
 
 
 def _small(png):
-    "A base64 PNG in 256 colours, which is a third of the size and looks the same"
+    "A base64 PNG in 256 colours, which is smaller and looks the same"
     with io.BytesIO() as f:
         image = Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB')
         image.quantize(256, dither=Image.Dither.NONE).save(f, 'PNG', optimize=True)

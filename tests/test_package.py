@@ -114,6 +114,16 @@ def test_lines_of_code_fit_a_page(path):
     assert not [line for line in code.splitlines() if len(line) > 110 and not line.startswith('#| fig-')]
 
 
+@pytest.mark.parametrize('name', ['00_data', '01_model', '02_train', '03_report'])
+def test_a_reading_time_is_that_of_the_text(name):
+    "238 words a minute, which is silent reading (Brysbaert, 2019), and 5 seconds for each line of code that is shown"
+    path = ROOT/'nbs'/f'{name}.ipynb'
+    words = sum(len(s.split()) for s in cells(path, 'markdown'))
+    lines = sum(len(code_lines(s)) for s in cells(path) if not s.startswith('#| hide'))
+    said = re.search(r'The report, \d of 4: some (\d+) minutes', cells(path, 'markdown')[0])
+    assert abs(int(said[1]) - (words / 238 + lines / 12)) < 5
+
+
 # Imports
 
 def imports(module):
