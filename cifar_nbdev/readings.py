@@ -72,10 +72,10 @@ READINGS = {'gate': ImageClassifier, 'mix-first': MixFirst, 'two heads': TwoHead
 
 # %% ../nbs/05_readings.ipynb #a064d1c1
 CANDIDATES = {(reading, 'pytorch'): 3 for reading in READINGS}                  # seeds at each learning rate
-CANDIDATES |= {(reading, 'normal 0.01'): 3 for reading in READINGS if reading != 'relu gate'}
-CANDIDATES |= {(reading, init): 3 for reading in ('gate', 'sigmoid gate')
-               for init in INITS if (reading, init) not in CANDIDATES}
-CANDIDATES |= {('gate', 'pytorch'): 10, ('gate', 'normal 0.01'): 10, ('sigmoid gate', 'pytorch'): 10}
+CANDIDATES |= {(reading, 'normal 0.01'): 3 for reading in ('mix-first', 'no gate', 'two heads')}
+CANDIDATES |= {(reading, init): 3 for reading in ('gate', 'sigmoid gate', 'softmax gate') for init in INITS}
+CANDIDATES |= {('gate', 'pytorch'): 10, ('gate', 'normal 0.01'): 10, ('sigmoid gate', 'pytorch'): 10,
+               ('sigmoid gate', 'normal 0.01'): 5, ('softmax gate', 'normal 0.01'): 5}
 
 # %% ../nbs/05_readings.ipynb #ba809186
 def final_values(
