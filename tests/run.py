@@ -22,6 +22,8 @@ class Count:
 
 # the longest first, so that at the end no process waits for another
 LONG = [f'tests/test_{name}.py' for name in 'commands sweep ends fuzz site killed compiled'.split()]
+# a test that hangs fails after this many seconds, and says where: the longest takes minutes on a busy machine
+OPTIONS = '-q -n 2 --dist loadfile --no-loadscope-reorder --durations=5 --timeout=900'.split()
 
 
 def main():
@@ -36,8 +38,8 @@ def main():
     bad = sum(map(bool, notebooks.values()))
     # two at a time, of one thread each; a file's tests together: what they share is made once
     os.environ.setdefault('OMP_NUM_THREADS', '1')
-    options = '-q -n 2 --dist loadfile --no-loadscope-reorder --durations=5'.split()
-    status = pytest.main([*LONG, 'tests', *options], plugins=[count])
+    others = sorted({p.as_posix() for p in Path('tests').glob('test_*.py')} - {*LONG})
+    status = pytest.main([*LONG, *others, *OPTIONS], plugins=[count])
     passed, failed = len(notebooks) - bad + count.passed, bad + count.failed
     if not notebooks or status and not count.failed: failed += 1        # no notebooks, no tests, or it broke
     print(f'{passed} passed, {failed} failed' + f', {count.skipped} skipped' * (count.skipped > 0))
