@@ -74,8 +74,10 @@ READINGS = {'gate': ImageClassifier, 'mix-first': MixFirst, 'two heads': TwoHead
 CANDIDATES = {(reading, 'pytorch'): 3 for reading in READINGS}                  # seeds at each learning rate
 CANDIDATES |= {(reading, 'normal 0.01'): 3 for reading in ('mix-first', 'no gate', 'two heads')}
 CANDIDATES |= {(reading, init): 3 for reading in ('gate', 'sigmoid gate', 'softmax gate') for init in INITS}
+CANDIDATES |= {(reading, init): 5 for reading in ('sigmoid gate', 'softmax gate')
+               for init in ('normal 0.01', 'normal 0.01, zero biases', 'xavier')}
 CANDIDATES |= {('gate', 'pytorch'): 10, ('gate', 'normal 0.01'): 10, ('sigmoid gate', 'pytorch'): 10,
-               ('sigmoid gate', 'normal 0.01'): 5, ('softmax gate', 'normal 0.01'): 5}
+               ('sigmoid gate', 'xavier'): 10}
 
 # %% ../nbs/05_readings.ipynb #ba809186
 def final_values(
